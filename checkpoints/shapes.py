@@ -1,0 +1,180 @@
+"""Synthetic pictures of coloured shapes, with questions and captions: the data of the embedded checkpoint.
+
+A picture is a 3 x 3 grid of cells; each of its one to five shapes stands in a cell of its own, a little off the centre.
+Everything is drawn from the `random.Random` passed in, so a seed names a picture and its questions.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 96  # pixels
+CELL = IMAGE_SIZE // 3
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 80, 200),
+    "yellow": (240, 215, 30),
+    "purple": (140, 60, 190),
+    "orange": (250, 130, 15),
+    "black": (20, 20, 20),
+    "cyan": (30, 200, 215),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+KINDS = ("existence", "color", "shape", "count", "position")
+MAX_OBJECTS = 5
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+@dataclass(frozen=True)
+class ColoredShape:
+    color: str
+    shape: str
+    cell: int  # index into POSITIONS
+    center: tuple[float, float]  # pixels
+    radius: float  # pixels
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[ColoredShape, ...]  # in reading order
+    background: tuple[int, int, int]
+
+    def count(self, word: str) -> int:
+        """How many objects have this colour or shape."""
+        return sum(word in (item.color, item.shape) for item in self.objects)
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    text: str
+    answer: str
+
+
+def make_scene(rng: random.Random) -> Scene:
+    """Draw a scene. Colours and shapes come from a pool of three each, so that counts above one are common."""
+    colors, shapes = rng.sample(list(COLORS), 3), rng.sample(SHAPES, 3)
+    pairs = [(color, shape) for color in colors for shape in shapes]
+    number = rng.randint(1, MAX_OBJECTS)
+    objects = []
+    for cell, (color, shape) in zip(sorted(rng.sample(range(9), number)), rng.sample(pairs, number)):
+        row, column = divmod(cell, 3)
+        center = tuple((index + 0.5) * CELL + rng.uniform(-3, 3) for index in (column, row))
+        objects.append(ColoredShape(color, shape, cell, center, rng.uniform(10, 12.5)))
+    gray = rng.randint(215, 245)
+    return Scene(tuple(objects), (gray, gray, gray))
+
+
+def _outline(item: ColoredShape) -> list[tuple[float, float]]:
+    """Corners, pixels, of a shape other than a circle."""
+    (x, y), radius = item.center, item.radius
+
+    def around(number: int, turn: float, radii=(1.0,)) -> list[tuple[float, float]]:
+        angles = [turn + 2 * math.pi * index / number for index in range(number)]
+        return [
+            (x + radius * radii[i % len(radii)] * math.sin(a), y - radius * radii[i % len(radii)] * math.cos(a))
+            for i, a in enumerate(angles)
+        ]
+
+    if item.shape == "square":
+        side = 0.85 * radius
+        return [(x - side, y - side), (x + side, y - side), (x + side, y + side), (x - side, y + side)]
+    if item.shape == "triangle":
+        return around(3, 0.0)
+    if item.shape == "star":
+        return around(10, 0.0, (1.0, 0.42))
+    if item.shape == "diamond":
+        return [(x, y - radius), (x + 0.65 * radius, y), (x, y + radius), (x - 0.65 * radius, y)]
+    arm, reach = 0.3 * radius, 0.95 * radius  # cross
+    right = [(arm, -reach), (arm, -arm), (reach, -arm), (reach, arm), (arm, arm), (arm, reach)]
+    return [(x + dx, y + dy) for dx, dy in right + [(-dx, -dy) for dx, dy in right]]
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture, IMAGE_SIZE pixels square, RGB."""
+    scale = 3  # drawn larger and reduced, for smooth edges
+    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), scene.background)
+    canvas = ImageDraw.Draw(image)
+    for item in scene.objects:
+        if item.shape == "circle":
+            (x, y), radius = item.center, item.radius
+            box = [(x - radius) * scale, (y - radius) * scale, (x + radius) * scale, (y + radius) * scale]
+            canvas.ellipse(box, fill=COLORS[item.color])
+        else:
+            canvas.polygon([(x * scale, y * scale) for x, y in _outline(item)], fill=COLORS[item.color])
+    return image.reduce(scale)
+
+
+def caption(scene: Scene) -> str:
+    names = [f"{'an' if item.color[0] in 'aeiou' else 'a'} {item.name}" for item in scene.objects]
+    listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    return listed.capitalize() + "."
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """A question of one of KINDS with a short answer, or None where the scene allows no unambiguous one."""
+    item = rng.choice(scene.objects)
+    if kind == "existence":
+        present = {other.name for other in scene.objects}
+        if rng.random() < 0.5:
+            name = item.name
+        else:
+            near = [f"{a.color} {b.shape}" for a in scene.objects for b in scene.objects]
+            anything = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+            absent = [name for name in rng.choice((near, anything)) if name not in present]
+            if not absent:
+                return None
+            name = rng.choice(absent)
+        article = "an" if name[0] in "aeiou" else "a"
+        return Question(kind, f"Is there {article} {name}?", "yes" if name in present else "no")
+    if kind == "color":
+        return Question(kind, f"What color is the {item.shape}?", item.color) if scene.count(item.shape) == 1 else None
+    if kind == "shape":
+        text = f"What shape is the {item.color} object?"
+        return Question(kind, text, item.shape) if scene.count(item.color) == 1 else None
+    if kind == "count":
+        color, shape = (item.color, item.shape) if rng.random() < 0.8 else (rng.choice(list(COLORS)), rng.choice(SHAPES))
+        word, number = rng.choice(
+            [("objects", len(scene.objects)), (f"{color} objects", scene.count(color)), (plural(shape), scene.count(shape))]
+        )
+        return Question(kind, f"How many {word} are there?", str(number))
+    if kind == "position":
+        return Question(kind, f"Where is the {item.name}?", POSITIONS[item.cell])
+    raise ValueError(f"unknown kind of question {kind!r}; kinds: {', '.join(KINDS)}")
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
+    """`number` different questions, or as many as the scene allows, of kinds drawn at random."""
+    asked: dict[str, Question] = {}
+    for _ in range(5 * number):
+        question = ask(scene, rng.choice(KINDS), rng)
+        if question is not None:
+            asked.setdefault(question.text, question)
+        if len(asked) == number:
+            break
+    return list(asked.values())
+
+
+def held_out(number: int, seed: str = "held-out") -> list[tuple[Scene, Question]]:
+    """`number` scenes, each with one short-answer question, the kinds in turn. Training draws from other seeds."""
+    found = []
+    for index in range(number):
+        rng = random.Random(f"{seed}/{index}")
+        question = None
+        while question is None:
+            scene = make_scene(rng)
+            question = ask(scene, KINDS[index % len(KINDS)], rng)
+        found.append((scene, question))
+    return found

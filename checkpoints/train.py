@@ -1,0 +1,264 @@
+"""Train the embedded LLaVA from scratch on synthetic shapes: `python -m shortv_llava.checkpoints.train --work training`.
+
+1. The vision tower is warmed up on what each of its patches shows (colour and shape).
+2. Vision tower, projector and language model are trained together on questions and answers, loss on the answers alone.
+
+An interrupted run continues where it stopped: each step draws its pictures from its own number.
+"""
+
+import json
+import os
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import typer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from shortv_llava.checkpoints import CHECKPOINT, shapes
+from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
+
+PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
+WARM_UP = {"steps": 1500, "batch": 96, "lr": 1e-3}
+TRAINING = {"batch": 24, "turns": 6, "lr": 1e-3}
+BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE learnt on the questions, with Llama's special tokens and LLaVA's two after them."""
+    corpus = [VICUNA_SYSTEM, "USER: \n ASSISTANT:", shapes.CAPTION_PROMPT]
+    for index in range(2000):
+        rng = random.Random(f"tokenizer/{index}")
+        scene = shapes.make_scene(rng)
+        corpus += [shapes.caption(scene)]
+        corpus += [f" {part}" for question in shapes.ask_several(scene, 3, rng) for part in (question.text, question.answer)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=[UNKNOWN, BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_processor() -> LlavaProcessor:
+    side = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": shapes.IMAGE_SIZE}, crop_size=side),
+        tokenizer=make_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=VICUNA_CHAT_TEMPLATE,
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        image_size=shapes.IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=192,
+    )
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        image_seq_length=(shapes.IMAGE_SIZE // PATCH) ** 2,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def pixels(scenes: list[shapes.Scene], processor: CLIPImageProcessor) -> torch.Tensor:
+    """(batch, 3, 96, 96), float32."""
+    return processor([shapes.draw(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
+
+
+def patch_classes(scene: shapes.Scene) -> list[tuple[int, int]]:
+    """For each patch in reading order, colour and shape of the object whose disc holds its centre; 0 for none."""
+    side, classes = shapes.IMAGE_SIZE // PATCH, []
+    for row in range(side):
+        for column in range(side):
+            x, y = (column + 0.5) * PATCH, (row + 0.5) * PATCH
+            found = (0, 0)
+            for item in scene.objects:
+                if (item.center[0] - x) ** 2 + (item.center[1] - y) ** 2 < item.radius**2:
+                    found = (1 + list(shapes.COLORS).index(item.color), 1 + shapes.SHAPES.index(item.shape))
+            classes.append(found)
+    return classes
+
+
+class Conversations:
+    """Batches of several question-answer turns about one picture each, as token ids with labels on the answers."""
+
+    def __init__(self, processor: LlavaProcessor, image_tokens: int):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.encode = lru_cache(maxsize=None)(lambda text: tuple(self.tokenizer.encode(text, add_special_tokens=False)))
+        self.image_tokens = image_tokens
+
+    def turns(self, scene: shapes.Scene, rng: random.Random) -> list[tuple[str, str]]:
+        turns = [(question.text, question.answer) for question in shapes.ask_several(scene, TRAINING["turns"], rng)]
+        if rng.random() < 0.25:
+            turns[rng.randrange(len(turns))] = (shapes.CAPTION_PROMPT, shapes.caption(scene))
+        return turns
+
+    def tokens(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation whose first turn holds the image."""
+        ids, labels = [self.tokenizer.bos_token_id], [-100]
+
+        def add(text: str, learn: bool = False) -> None:
+            new = self.encode(text)
+            ids.extend(new)
+            labels.extend(new if learn else [-100] * len(new))
+
+        add(f"{VICUNA_SYSTEM} ")
+        for number, (question, answer) in enumerate(turns):
+            add("USER: " + (IMAGE * self.image_tokens + "\n" if number == 0 else "") + question + " ASSISTANT:")
+            add(f" {answer}{EOS}", learn=True)
+        return ids, labels
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"training/{step}")
+        scenes = [shapes.make_scene(rng) for _ in range(TRAINING["batch"])]
+        rows = [self.tokens(self.turns(scene, rng)) for scene in scenes]
+        length = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
+            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
+            "pixel_values": pixels(scenes, self.processor.image_processor),
+        }
+
+
+def run(name: str, modules: nn.ModuleDict, loss_of, steps: int, lr: float, work: Path) -> None:
+    """Train `modules` with `loss_of(step) -> loss` in bfloat16, from the last state in `work` on."""
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+    parts = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
+    state_file, start = work / f"{name}.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        start = state.pop("step")
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+    average = None
+    for step in (progress := tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=30)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            unfinished = state_file.with_suffix(".tmp")
+            torch.save({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()}, unfinished)
+            os.replace(unfinished, state_file)
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Write the checkpoint as llava-hf's are: bfloat16, tensors named as on the Hub."""
+    names = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        old = next(prefix for prefix in names if name.startswith(prefix))
+        tensors[names[old] + name.removeprefix(old)] = tensor.to(torch.bfloat16).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures, model.config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
+    model.config.save_pretrained(folder)
+    GenerationConfig.from_model_config(model.config.text_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    tokenizer_config = folder / "tokenizer_config.json"
+    # The name that both transformers 4 and 5 know for a tokenizer that is all in tokenizer.json.
+    settings = json.loads(tokenizer_config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def train(work: Path = Path("training"), output: Path = CHECKPOINT, steps: int = 5000, seed: int = 0) -> None:
+    """Train the checkpoint (two hours on two cores); state is kept in WORK, the result written to OUTPUT."""
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    processor = make_processor()
+    model = make_model(processor.tokenizer)
+    vision = model.model.vision_tower
+    head = nn.Linear(vision.config.hidden_size, 1 + len(shapes.COLORS) + 1 + len(shapes.SHAPES))
+
+    def warm_up_loss(step: int) -> torch.Tensor:
+        rng = random.Random(f"warm-up/{step}")
+        scenes = [shapes.make_scene(rng) for _ in range(WARM_UP["batch"])]
+        states = vision(pixels(scenes, processor.image_processor), output_hidden_states=True).hidden_states
+        color, shape = head(states[model.config.vision_feature_layer][:, 1:]).split((1 + len(shapes.COLORS), 1 + len(shapes.SHAPES)), -1)
+        target = torch.tensor([patch_classes(scene) for scene in scenes])
+        cross_entropy = nn.functional.cross_entropy
+        return cross_entropy(color.flatten(0, 1), target[..., 0].flatten()) + cross_entropy(
+            shape.flatten(0, 1), target[..., 1].flatten()
+        )
+
+    warm = nn.ModuleDict({"vision": vision, "head": head})
+    run("warm-up", warm, warm_up_loss, WARM_UP["steps"], WARM_UP["lr"], work)
+
+    conversations = Conversations(processor, model.config.image_seq_length)
+    whole = nn.ModuleDict({"model": model})
+    run("training", whole, lambda step: model(**conversations.batch(step)).loss, steps, TRAINING["lr"], work)
+    save(model, processor, output)
+
+
+if __name__ == "__main__":
+    typer.run(train)

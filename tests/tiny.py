@@ -1,0 +1,147 @@
+"""Small random LLaVA models, inputs of every layout, and the oracle: the stock model with hooks."""
+
+import contextlib
+import functools
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from shortv_llava import (
+    ShortVLlavaConfig,
+    ShortVLlavaForConditionalGeneration,
+    ShortVLlavaNextConfig,
+    ShortVLlavaNextForConditionalGeneration,
+)
+
+IMAGE_TOKEN, PAD_TOKEN, VOCABULARY, LAYERS = 90, 0, 96, 4
+BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CLASSES = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration, ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
+    "llava_next": (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        ShortVLlavaNextConfig,
+        ShortVLlavaNextForConditionalGeneration,
+    ),
+}
+
+
+def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text) -> dict:
+    text_config = BACKBONES[backbone](
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": kv_heads,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": PAD_TOKEN,
+            "initializer_range": 0.2,
+        }
+        | text
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        initializer_range=0.2,
+    )
+    extra = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]} if family == "llava_next" else {}
+    return {
+        "text_config": text_config,
+        "vision_config": vision_config,
+        "image_token_index": IMAGE_TOKEN,
+        "attn_implementation": attn_implementation,
+        **extra,
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa"):
+    """(stock model, ShortV model) with the same weights, float32."""
+    stock_config, stock_class, our_config, our_class = CLASSES[family]
+    torch.manual_seed(0)
+    settings = (family, backbone, kv_heads, attn_implementation)
+    stock = stock_class(stock_config(**config_dict(*settings))).eval()
+    ours = our_class(our_config(**config_dict(*settings))).eval()
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def images(family: str, number: int, seed: int, same_size: bool) -> dict:
+    """Inputs for `number` random images; LLaVA-NeXT's are of different sizes unless told otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "llava":
+        return {"pixel_values": torch.randn(number, 3, 28, 28, generator=generator)}
+    sizes = [[(28, 56), (50, 20), (40, 45)][0 if same_size else index % 3] for index in range(number)]
+    return {"pixel_values": torch.randn(number, 5, 3, 28, 28, generator=generator), "image_sizes": torch.tensor(sizes)}
+
+
+def feature_lengths(model, inputs: dict) -> list[int]:
+    """Visual tokens of each image."""
+    with torch.no_grad():
+        features = model.get_image_features(
+            **inputs,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        )
+    features = getattr(features, "pooler_output", features)
+    return [len(feature) for feature in features]
+
+
+def batch(model, family: str, layout: list[str], padding_side="left", seed: int = 0, same_size=False) -> dict:
+    """Model inputs for rows such as "ttIttI": `t` a random text token, `I` an image."""
+    generator = torch.Generator().manual_seed(seed)
+    number = sum(row.count("I") for row in layout)
+    inputs = images(family, number, seed, same_size) if number else {}
+    lengths = iter(feature_lengths(model, inputs) if number else [])
+    rows = []
+    for row in layout:
+        ids = []
+        for letter in row:
+            text = int(torch.randint(3, IMAGE_TOKEN, (), generator=generator))
+            ids += [IMAGE_TOKEN] * next(lengths) if letter == "I" else [text]
+        rows.append(ids)
+    longest = max(map(len, rows))
+
+    def padded(row, filler):
+        rest = [filler] * (longest - len(row))
+        return rest + row if padding_side == "left" else row + rest
+
+    inputs["input_ids"] = torch.tensor([padded(row, PAD_TOKEN) for row in rows])
+    inputs["attention_mask"] = torch.tensor([padded([1] * len(row), 0) for row in rows])
+    return inputs
+
+
+@contextlib.contextmanager
+def frozen(stock, visual: torch.Tensor, layers=(), attention=(), ffn=()):
+    """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add."""
+    decoder = stock.model.language_model.layers
+
+    def zero_visual(module, args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        if states.shape[:2] == visual.shape:
+            states = states.masked_fill(visual.unsqueeze(-1), 0)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handles = [decoder[i].self_attn.register_forward_hook(zero_visual) for i in {*layers, *attention}]
+    handles += [decoder[i].mlp.register_forward_hook(zero_visual) for i in {*layers, *ffn}]
+    try:
+        yield stock
+    finally:
+        for handle in handles:
+            handle.remove()
