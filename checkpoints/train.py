@@ -65,6 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": IMAGE},
         padding_side="left",
         model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -223,12 +224,35 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures, model.config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
     model.config.save_pretrained(folder)
-    GenerationConfig.from_model_config(model.config.text_config).save_pretrained(folder)
+    text = model.config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    ).save_pretrained(folder)
     processor.save_pretrained(folder)
-    tokenizer_config = folder / "tokenizer_config.json"
-    # The name that both transformers 4 and 5 know for a tokenizer that is all in tokenizer.json.
-    settings = json.loads(tokenizer_config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
+    # Where transformers 4 and 5 differ in what they write, what both read: the image processor's settings in a file
+    # of their own, the name that both know for a tokenizer that is all in tokenizer.json, special tokens by name.
+    processor.image_processor.save_pretrained(folder)
+    _edit(folder / "processor_config.json", lambda settings: settings.pop("image_processor", None))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": IMAGE}}
+    _edit(folder / "tokenizer_config.json", lambda settings: settings.update(names))
+
+
+def _edit(path: Path, change) -> None:
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_samples(folder: Path, number: int = 60) -> None:
+    """Write the fixed samples for calibration and tests: LLaVA's question format with answers, and the pictures."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, (scene, question) in enumerate(shapes.held_out(number, seed="samples")):
+        name = f"{index:03d}.png"
+        shapes.draw(scene).save(folder / "images" / name, optimize=True)
+        entry = {"question_id": index, "image": name, "text": question.text, "answer": question.answer}
+        lines.append(json.dumps(entry | {"category": question.kind}))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def train(work: Path = Path("training"), output: Path = CHECKPOINT, steps: int = 5000, seed: int = 0) -> None:
@@ -258,6 +282,7 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, steps: int =
     whole = nn.ModuleDict({"model": model})
     run("training", whole, lambda step: model(**conversations.batch(step)).loss, steps, TRAINING["lr"], work)
     save(model, processor, output)
+    save_samples(output.parent / "samples")
 
 
 if __name__ == "__main__":

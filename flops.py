@@ -1,0 +1,82 @@
+"""What a prefill costs with frozen visual tokens: the cost model of ShortV, section 3.3.
+
+A multiply-add counts as two operations. The paper's formulas are for multi-head attention; here keys and values may be
+narrower (grouped-query attention), and either block of a layer may be frozen alone.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+TEXT_TOKENS = 64  # of a prompt, in the paper's tables
+
+
+class BlockFlops(NamedTuple):
+    """Operations of one decoder layer's blocks for a prompt."""
+
+    attention: int
+    frozen_attention: int
+    ffn: int
+    frozen_ffn: int
+
+
+def block_flops(text_config, text_tokens: int, visual_tokens: int) -> BlockFlops:
+    """Operations of the attention and FFN block of a layer, visual tokens updated or frozen.
+
+    With h hidden size, q and k widths of queries and of keys, m FFN size, t text and v visual tokens; for q = k = h the
+    sums are the paper's 2(t+v)(4h+3m)h + 4(t+v)^2 h and 2t(4h+3m)h + 4v h^2 + 4t(t+v)h.
+    """
+    h, m = text_config.hidden_size, text_config.intermediate_size
+    head_dim = getattr(text_config, "head_dim", None) or h // text_config.num_attention_heads
+    q = text_config.num_attention_heads * head_dim
+    k = text_config.num_key_value_heads * head_dim
+    t, v = text_tokens, visual_tokens
+    keys_and_values = 4 * (t + v) * h * k
+    return BlockFlops(
+        attention=keys_and_values + 4 * (t + v) * h * q + 4 * (t + v) ** 2 * q,
+        frozen_attention=keys_and_values + 4 * t * h * q + 4 * t * (t + v) * q,
+        ffn=6 * (t + v) * h * m,
+        frozen_ffn=6 * t * h * m,
+    )
+
+
+def prefill_flops(
+    text_config,
+    text_tokens: int,
+    visual_tokens: int,
+    attention_layers: Collection[int] = (),
+    ffn_layers: Collection[int] = (),
+) -> int:
+    """Operations of all decoder layers for a prompt, with the visual tokens frozen in the blocks given."""
+    blocks = block_flops(text_config, text_tokens, visual_tokens)
+    num_layers = text_config.num_hidden_layers
+    frozen_attention, frozen_ffn = len(attention_layers), len(ffn_layers)
+    return (
+        (num_layers - frozen_attention) * blocks.attention
+        + frozen_attention * blocks.frozen_attention
+        + (num_layers - frozen_ffn) * blocks.ffn
+        + frozen_ffn * blocks.frozen_ffn
+    )
+
+
+def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | None = None) -> float:
+    """Operations of a ShortV model's prefill over the dense model's, r in the paper; 1 / r bounds the speed-up.
+
+    Args:
+        config: a ShortV configuration.
+        visual_tokens: of the prompt; those of one full-size image by default.
+    """
+    if visual_tokens is None:
+        visual_tokens = image_tokens(config)
+    text_config = config.text_config
+    return prefill_flops(text_config, text_tokens, visual_tokens, *config.frozen_layers()) / prefill_flops(
+        text_config, text_tokens, visual_tokens
+    )
+
+
+def image_tokens(config) -> int:
+    """Visual tokens of an image: those of LLaVA-1.5, or of LLaVA-NeXT's largest grid of tiles without newlines."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tiles = 1
+    for height, width in getattr(config, "image_grid_pinpoints", None) or ():
+        tiles = max(tiles, 1 + height * width // config.vision_config.image_size**2)
+    return tiles * side**2

@@ -1,0 +1,37 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.package import write_package
+
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
+
+
+@pytest.fixture(scope="session")
+def package_folder(tmp_path_factory) -> Path:
+    """The embedded checkpoint as a package with seven layers replaced."""
+    folder = tmp_path_factory.mktemp("package") / "shapes-shortv"
+    write_package(CHECKPOINT, folder, replaced_layers=REPLACED_LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The reference results beside the repository: folder, expected tensors, and their description."""
+    from safetensors.torch import load_file
+
+    folder = Path(__file__).parents[2] / "shared" / "reference" / "llava-1.5-tiny"
+    if not folder.is_dir():
+        pytest.skip("the reference results are not beside this checkout")
+    return folder, load_file(folder / "expected.safetensors"), json.loads((folder / "expected.json").read_text())

@@ -1,0 +1,98 @@
+"""The cost model: the paper's table to the printed digit, and the operations that the model really spends."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from shortv_llava.flops import block_flops, flops_ratio, image_tokens, prefill_flops
+
+PUBLISHED = [  # h, m, L, heads, v, TFLOPs dense, N, TFLOPs ShortV, ratio in percent
+    (4096, 11008, 32, 32, 576, 8.5, 19, 4.7, 55),
+    (5120, 13824, 40, 40, 576, 16.6, 24, 9.1, 55),
+    (4096, 11008, 32, 32, 2880, 42.7, 19, 21.6, 51),
+    (5120, 13824, 40, 40, 2880, 81.8, 24, 41.0, 50),
+]
+
+
+def text_config(h, m, layers, heads, kv_heads=None):
+    return SimpleNamespace(
+        hidden_size=h,
+        intermediate_size=m,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+    )
+
+
+@pytest.mark.parametrize("h, m, layers, heads, v, dense, n, shortv, percent", PUBLISHED)
+def test_published_table(h, m, layers, heads, v, dense, n, shortv, percent):
+    config = text_config(h, m, layers, heads)
+    full = prefill_flops(config, 64, v)
+    reduced = prefill_flops(config, 64, v, range(n), range(n))
+    assert (round(full / 1e12, 1), round(reduced / 1e12, 1), round(100 * reduced / full)) == (dense, shortv, percent)
+
+
+def test_multi_head_attention_gives_the_papers_formulas():
+    h, m, t, v = 4096, 11008, 64, 576
+    blocks = block_flops(text_config(h, m, 32, 32), t, v)
+    assert blocks.attention + blocks.ffn == 2 * (t + v) * (4 * h + 3 * m) * h + 4 * (t + v) ** 2 * h
+    assert blocks.frozen_attention + blocks.frozen_ffn == 2 * t * (4 * h + 3 * m) * h + 4 * v * h**2 + 4 * t * (t + v) * h
+
+
+def test_visual_tokens_of_an_image():
+    llava = SimpleNamespace(vision_config=SimpleNamespace(image_size=336, patch_size=14))
+    grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    assert image_tokens(llava) == 576
+    assert image_tokens(SimpleNamespace(vision_config=llava.vision_config, image_grid_pinpoints=grid)) == 2880
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    "frozen", [{}, {"layers": [1, 3]}, {"attention": [0, 2]}, {"ffn": [1, 2]}, {"layers": [0], "attention": [1], "ffn": [3]}]
+)
+@torch.no_grad()
+def test_linear_operations_spent_equal_the_formula(kv_heads, frozen):
+    """Counted on the modules: rows in, times width in, times width out. Attention scores are no module: left out."""
+    stock, ours = tiny.pair("llava", "llama", kv_heads)
+    inputs = tiny.batch(stock, "llava", ["tttIttttt"] * 3)
+    visual = int((inputs["input_ids"][0] == tiny.IMAGE_TOKEN).sum())
+    text = inputs["input_ids"].shape[1] - visual
+    ours.set_replaced_layers(frozen.get("layers", ()), frozen.get("attention", ()), frozen.get("ffn", ()))
+    spent = [0] * tiny.LAYERS
+
+    def counter(layer):
+        def count(module, args, output):
+            spent[layer] += 2 * args[0].shape[:-1].numel() * module.weight.numel()
+
+        return count
+
+    handles = [
+        module.register_forward_hook(counter(index))
+        for index, layer in enumerate(ours.model.language_model.layers)
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    ours(**inputs)
+    for handle in handles:
+        handle.remove()
+
+    config = ours.config.text_config
+    blocks, width = block_flops(config, text, visual), config.hidden_size
+    attention_layers, ffn_layers = ours.config.frozen_layers()
+    for index in range(tiny.LAYERS):
+        scores = 4 * (text if index in attention_layers else text + visual) * (text + visual) * width
+        attention = blocks.frozen_attention if index in attention_layers else blocks.attention
+        ffn = blocks.frozen_ffn if index in ffn_layers else blocks.ffn
+        assert spent[index] == 3 * (attention - scores + ffn)
+
+
+def test_ratio_of_a_configuration():
+    _, ours = tiny.pair()
+    ours.set_replaced_layers([])
+    assert flops_ratio(ours.config) == 1
+    ours.set_replaced_layers([0, 1, 2, 3])
+    whole = flops_ratio(ours.config)
+    ours.set_replaced_layers(ffn=[0, 1, 2, 3])
+    assert whole < flops_ratio(ours.config) < 1
