@@ -96,6 +96,56 @@ def calibrate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")],
+    image: Annotated[
+        Optional[list[str]], typer.Option(help="File or URL for the first question; once for each image.")
+    ] = None,
+    system: Annotated[
+        Optional[str], typer.Option(help="System sentence; if not given the model's own, such as Vicuna's.")
+    ] = None,
+    replaced_layers: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Layers to replace instead of the package's own: ids as `31,29,30`, `none`, `published` or "
+            "`published:NAME`. Without this option a plain checkpoint takes those of the environment variable "
+            "REPLACED_LAYERS."
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    seed: Annotated[Optional[int], typer.Option(help="Of the sampling.")] = None,
+    dtype: Dtype = "auto",
+    device_map: Annotated[str, typer.Option(help="As in transformers: `auto`, `cpu`, `cuda:1`.")] = "auto",
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Needs bitsandbytes.")] = False,
+) -> None:
+    """Talk with a model about images. Lines from a pipe are answered one by one.
+
+    Examples:
+
+        shortv chat llava-1.5-7b-shortv --image photo.jpg
+
+        REPLACED_LAYERS=31,29,30 shortv chat llava-hf/llava-1.5-7b-hf --load-in-4bit
+
+        echo "What is this?" | shortv chat llava-1.5-7b-shortv --image https://llava-vl.github.io/static/images/view.jpg
+    """
+    if load_in_4bit and load_in_8bit:
+        raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
+
+    from shortv_llava.chat import Conversation, Terminal, load
+    from shortv_llava.images import load_image
+
+    images = [(load_image(source), source) for source in image or ()]
+    loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
+    conversation = Conversation(loaded.model, loaded.processor, system, max_new_tokens, temperature, top_p, seed)
+    for picture, source in images:
+        conversation.attach(picture, source)
+    Terminal(conversation, model, loaded.package_layers).run()
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The package folder to make.")] = Path("demo-output"),
 ) -> None:

@@ -130,6 +130,21 @@ def _repeated(value, times: int):
 
 
 @contextmanager
+def dense(model) -> Iterator[None]:
+    """Freeze nothing for a while; a plain LLaVA never does."""
+    config = model.config
+    if not hasattr(config, "set_replaced_layers"):
+        yield
+        return
+    before = config.replaced_layers, config.replaced_attention_layers, config.replaced_ffn_layers
+    config.set_replaced_layers()
+    try:
+        yield
+    finally:
+        config.set_replaced_layers(*before)
+
+
+@contextmanager
 def _shortv_layers(layers) -> Iterator[None]:
     """Let the layers of a plain LLaVA take frozen tokens for a while."""
     before = [layer.__class__ for layer in layers]
@@ -140,3 +155,26 @@ def _shortv_layers(layers) -> Iterator[None]:
     finally:
         for layer, stock in zip(layers, before):
             layer.__class__ = stock
+
+
+@torch.no_grad()
+def cosine_distance(model, inputs) -> torch.Tensor:
+    """How far each layer turns visual hidden states: 1 - cosine of its input and output, mean over visual tokens.
+
+    The paper's alternative to LC for choosing layers (section 4.4), float64 of shape `(num_layers,)`.
+    """
+    visual = inputs["input_ids"] == model.config.image_token_id
+    distances = []
+
+    def measure(layer, args, output):
+        before, after = (states[visual.to(states.device)].double() for states in (args[0], output))
+        distances.append(1 - torch.cosine_similarity(before, after, dim=-1).mean().cpu())
+
+    handles = [layer.register_forward_hook(measure) for layer in model.model.language_model.layers]
+    try:
+        with dense(model):
+            model.model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(distances)

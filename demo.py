@@ -1,0 +1,69 @@
+"""The whole way on the embedded checkpoint: calibrate, package, load as a stranger would, answer, measure."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shortv_llava.benchmarks.prefill import compare, make_inputs, make_pair
+from shortv_llava.calibrate.report import score_table
+from shortv_llava.calibrate.run import calibrate
+from shortv_llava.calibrate.samples import draw, embedded_samples
+from shortv_llava.calibrate.selection import number_of_layers
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.flops import flops_ratio
+from shortv_llava.images import open_image
+from shortv_llava.package import load_model, load_processor
+
+NUM_QUESTIONS = 6
+
+
+def run(output: Path) -> None:
+    """Make the package `output`, replacing one made before, and show what it does."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = Console()
+    samples = embedded_samples()
+    drawn = draw(samples, 40, seed=0)
+    model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
+    result = calibrate(CHECKPOINT, model, processor, drawn, output, "shapes", seed=0, overwrite=True)
+    console.print(score_table(result.lc_scores, result.replaced_layers))
+    console.print(f"wrote {output}: layers {result.replaced_layers} replaced\n")
+
+    # From here on nothing but the folder and transformers.
+    trust = {"trust_remote_code": True, "dtype": torch.float32}
+    shortv = AutoModelForImageTextToText.from_pretrained(output, **trust)
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    ask = pipeline("image-text-to-text", model=shortv, processor=processor)
+    dense = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    ask_dense = pipeline("image-text-to-text", model=dense, processor=processor)
+
+    table = Table(title="Answers", title_justify="left")
+    for column in ("image", "question", "dense", "ShortV", "right"):
+        table.add_column(column)
+    for sample in [sample for sample in samples if sample not in drawn][:NUM_QUESTIONS]:
+        content = [{"type": "image", "image": open_image(sample.image)}, {"type": "text", "text": sample.question}]
+        answers = [
+            one(
+                text=[{"role": "user", "content": content}],
+                max_new_tokens=16,
+                return_full_text=False,
+                generate_kwargs={"do_sample": False},
+            )[0]["generated_text"].strip()
+            for one in (ask_dense, ask)
+        ]
+        table.add_row(sample.image.name, sample.question, *answers, sample.answer)
+    console.print(table)
+
+    console.print(f"FLOPs of a prefill with 64 text tokens and one image: {flops_ratio(shortv.config):.0%} of the dense model's")
+    console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
+    wide_stock, wide = make_pair(width=1024, num_layers=16, image_side=24)
+    wide.set_replaced_layers(list(range(16))[-number_of_layers(16) :])
+    speed = compare(wide_stock, wide, make_inputs(wide, text_tokens=64), pairs=5)
+    console.print(
+        f"{len(wide.config.replaced_layers)} of 16 layers replaced: {speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, "
+        f"{speed.speed_up:.2f}x (the FLOPs allow {speed.bound:.2f}x)"
+    )

@@ -1,0 +1,198 @@
+"""The command line: whole runs in a process of their own, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shortv_llava.calibrate.samples import embedded_samples
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.package import PUBLISHED
+
+
+def shortv(*arguments, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "shortv_llava.cli", *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **settings)
+
+
+def assert_fails(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    """One line on standard error with these words, no traceback."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    """A folder with a question file, an image, and a file outside that it must not reach."""
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (96, 96), "red").save(folder / "images" / "red.png")
+    Image.new("RGB", (96, 96), "blue").save(folder / "outside.png")
+    (folder / "questions.jsonl").write_text('{"question_id": 7, "image": "red.png", "text": "Is it red?"}\n')
+    return folder
+
+
+def test_package_from_given_layers(tmp_path):
+    output = tmp_path / "made"
+    done = shortv("package", CHECKPOINT, "--layers", "11,3", "--output", output)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((output / "config.json").read_text())
+    assert (config["replaced_layers"], config["model_type"]) == ([11, 3], "shortv_llava")
+    assert config["architectures"] == ["ShortVLlavaForConditionalGeneration"]
+    base = json.loads((CHECKPOINT / "config.json").read_text())
+    assert {key: config[key] for key in base if key not in ("model_type", "architectures")} == {
+        key: base[key] for key in base if key not in ("model_type", "architectures")
+    }
+    assert (output / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
+    assert {path.name for path in CHECKPOINT.iterdir()} <= set(left_in(output))
+    assert left_in(tmp_path) == ["made"]
+
+
+def test_calibrate_on_own_questions(tmp_path, questions):
+    output = tmp_path / "made"
+    data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1)
+    done = shortv("calibrate", CHECKPOINT, "--output", output, *data, "--num-layers", 5, "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((output / "config.json").read_text())
+    scores = config["lc_scores"]
+    assert len(scores) == 12 and scores[11] == 0
+    assert config["replaced_layers"] == sorted(range(12), key=lambda layer: (scores[layer], -layer))[:5]
+    assert config["calibration"]["samples"] == ["7"] and config["calibration"]["direction"] == "release"
+
+
+def test_calibrating_a_package_again_needs_overwrite_and_keeps_it_on_failure(package_folder, tmp_path):
+    output = tmp_path / "made"
+    assert shortv("package", package_folder, "--layers", "none", "--output", output).returncode == 0
+    before = (output / "config.json").read_text()
+    assert json.loads(before)["replaced_layers"] == []
+    assert_fails(shortv("package", CHECKPOINT, "--layers", "1", "--output", output), "holds a package already", "--overwrite")
+    assert_fails(shortv("package", CHECKPOINT, "--layers", "12", "--output", output, "--overwrite"), "12", "0 to 11")
+    assert (output / "config.json").read_text() == before
+    assert shortv("package", CHECKPOINT, "--layers", "1", "--output", output, "--overwrite").returncode == 0
+    assert json.loads((output / "config.json").read_text())["replaced_layers"] == [1]
+    assert left_in(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layers_by_name_and_by_id(name):
+    from shortv_llava.package import parse_layers
+
+    model = PUBLISHED[name]
+    expected = list(model.replaced_layers)
+    assert parse_layers("published", model.hf_id) == parse_layers("published", model.original_id) == expected
+    assert parse_layers(f"published:{name}", "./my-finetune") == expected
+    assert len(set(expected)) == (24 if "13b" in name else 19)
+
+
+class TestBadInput:
+    def test_missing_folder(self, tmp_path):
+        assert_fails(shortv("package", tmp_path / "none", "--layers", "1", "--output", tmp_path / "out"), "no such folder")
+        assert left_in(tmp_path) == []
+
+    def test_hub_out_of_reach(self, tmp_path):
+        done = shortv("package", "llava-hf/llava-1.5-7b-hf", "--output", tmp_path / "out")
+        assert_fails(done, "llava-hf/llava-1.5-7b-hf", "Hub")
+        assert left_in(tmp_path) == []
+
+    def test_unknown_published_model(self, tmp_path):
+        assert_fails(shortv("package", CHECKPOINT, "--output", tmp_path / "out"), "no layers are published", "llava-1.5-7b")
+
+    def test_another_model(self, tmp_path):
+        (tmp_path / "bert").mkdir()
+        (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+        done = shortv("package", tmp_path / "bert", "--layers", "1", "--output", tmp_path / "out")
+        assert_fails(done, "no LLaVA checkpoint", "bert")
+
+    @pytest.mark.parametrize("layers, word", [("12", "12"), ("1,1", "twice"), ("a,b", "a,b"), ("-1", "-1")])
+    def test_layers(self, tmp_path, layers, word):
+        assert_fails(shortv("package", CHECKPOINT, f"--layers={layers}", "--output", tmp_path / "out"), word)
+        assert left_in(tmp_path) == []
+
+    def test_output_that_is_no_package(self, tmp_path):
+        (tmp_path / "letter.txt").write_text("dear")
+        done = shortv("package", CHECKPOINT, "--layers", "1", "--output", tmp_path, "--overwrite")
+        assert_fails(done, "no package")
+        assert left_in(tmp_path) == ["letter.txt"]
+
+    def test_no_weights(self, tmp_path):
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
+        done = shortv("package", tmp_path / "base", "--layers", "1", "--output", tmp_path / "out")
+        assert_fails(done, "no weight files")
+        assert left_in(tmp_path) == ["base"]
+
+    @pytest.mark.parametrize(
+        "line, words",
+        [
+            ("{not json", ["line 2", "not JSON"]),
+            ('["a"]', ["line 2", "object"]),
+            ('{"text": "What?"}', ["line 2", "image"]),
+            ('{"image": "none.png", "text": "What?"}', ["line 2", "none.png"]),
+            ('{"image": "../outside.png", "text": "What?"}', ["line 2", "outside"]),
+            ('{"image": "/etc/passwd", "text": "What?"}', ["line 2", "outside"]),
+        ],
+    )
+    def test_question_lines(self, tmp_path, questions, line, words):
+        with open(questions / "questions.jsonl", "a") as file:
+            file.write(line + "\n")
+        data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1)
+        assert_fails(shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data), *words)
+        assert left_in(tmp_path) == ["data"]
+
+    def test_more_samples_than_there_are(self, tmp_path):
+        assert_fails(shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", "--samples", 61), "61", "60")
+
+    def test_broken_image(self, tmp_path, questions):
+        (questions / "images" / "red.png").write_bytes(embedded_samples()[0].image.read_bytes()[:200])
+        data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1)
+        done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data)
+        assert done.returncode == 1 and "red.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert left_in(tmp_path) == ["data"]
+
+    def test_usage(self, tmp_path):
+        assert shortv("calibrate", CHECKPOINT).returncode == 2
+        for options in (["--direction", "both"], ["--data", "q.jsonl"], ["--num-layers", "13"], ["--samples", "0"]):
+            assert shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *options).returncode == 2
+
+
+def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
+    from shortv_llava import package
+
+    def full(*args):
+        raise OSError(28, "No space left on device", str(args[1]))
+
+    monkeypatch.setattr(package, "link_or_copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        package.write_package(CHECKPOINT, tmp_path / "out", replaced_layers=[1])
+    assert left_in(tmp_path) == []
+
+
+def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    from shortv_llava import package
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package, "link_or_copy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        package.write_package(CHECKPOINT, tmp_path / "out", replaced_layers=[1])
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["package", "calibrate", "demo"])
+def test_help_shows_an_example(command):
+    done = shortv(command, "--help")
+    assert done.returncode == 0 and f"shortv {command}" in done.stdout
