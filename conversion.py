@@ -9,6 +9,7 @@ to output unchanged, but for new rows of the embeddings and a separate tower's d
 import ast
 import contextlib
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -19,12 +20,22 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
 BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
 EMBEDDINGS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 VISION_PREFIX = "vision_tower.vision_model."
@@ -89,6 +100,14 @@ class StoredTensor(NamedTuple):
     read: Callable[[], torch.Tensor]
 
 
+class SpecialTokens(NamedTuple):
+    """The token that stands for an image, and padding, which a source without tokenizer may lack."""
+
+    image: str
+    image_id: int
+    pad_id: int | None
+
+
 class PlannedTensor(NamedTuple):
     """Where a tensor of the output comes from."""
 
@@ -116,10 +135,10 @@ def convert(
 ) -> list[str]:
     """Write the original checkpoint `source` into the folder `output` in the layout of the llava-hf checkpoints.
 
-    Peak memory is the largest shard of the source and at most 200 MB.
+    Peak memory is the largest shard of the source and at most 200 MB more.
 
     Args:
-        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and the tokenizer, if there is one.
+        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and perhaps a tokenizer.
         output: a folder of the caller's own; on an error it may be left half written.
         vision_tower: folder or Hub id of the CLIP tower; by default what config.json calls `mm_vision_tower`. Where the
             checkpoint holds the tower's weights, only the configuration is taken from here.
@@ -135,32 +154,35 @@ def convert(
     """
     source, output, notes = Path(source), Path(output), []
     config = read_json(source / "config.json")
-    family, backbone = family_of(source, config), backbone_of(source, config)
+    backbone, family = backbone_of(source, config), family_of(source, config)
     text_config = text_config_of(source, config, backbone)
 
     plan = plan_tensors(weight_files(source), lambda name: checkpoint_target(name, family))
     tower_inside = any(target.startswith(VISION_PREFIX) for target in plan)
-    tower = tower_folder(source, vision_tower or config.get("mm_vision_tower"), with_weights=not tower_inside)
+    tower = tower_folder(source, vision_tower or config["mm_vision_tower"], with_weights=not tower_inside)
     vision_config = vision_config_of(tower)
     if not tower_inside:
         plan |= plan_tensors(weight_files(tower), tower_target)
     if config.get("tie_word_embeddings") and LM_HEAD not in plan and EMBEDDINGS in plan:
-        plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: LLaVA's classes do not agree on where tying is configured
+        plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: transformers 4 and 5 do not agree on how LLaVA is tied
     check_plan(source, plan, expected_shapes(source, text_config, vision_config, family))
-
+    model_config = model_config_of(source, config, family, text_config, vision_config)
     vocab_size = text_config["vocab_size"]
     if image_token_id is not None and not 0 <= image_token_id < vocab_size:
-        raise ShortVError(f"image token id {image_token_id} is not in the vocabulary of {source}, 0 to {vocab_size - 1}")
+        raise ShortVError(f"{source}: image token {image_token_id} is not in its vocabulary, 0 to {vocab_size - 1}")
+
     output.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(source, output, text_config, image_token_id, notes)
     if image_token_id is None:
         rows = max(vocab_size, tokens.image_id + 1, tokens.pad_id + 1)
         text_config["vocab_size"] = -(-rows // PAD_VOCABULARY_TO) * PAD_VOCABULARY_TO
-    write_weights(output, plan, text_config["vocab_size"] - vocab_size)
-
+    text_config["pad_token_id"] = model_config["pad_token_id"] = tokens.pad_id
+    model_config["image_token_index"] = tokens.image_id
+    model_config["torch_dtype"] = str(DTYPES[plan[EMBEDDINGS].dtype]).removeprefix("torch.")
     write_json(output / "config.json", model_config)
     write_generation_config(source, output, model_config)
     write_processor(tower, output, model_config, tokens.image, notes)
+    write_weights(output, plan, num_new_rows=text_config["vocab_size"] - vocab_size)
     return notes
 
 
@@ -171,9 +193,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ShortVError(f"cannot read {path}: {first_line(error)}") from error
+        raise ShortVError(f"{path}: cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ShortVError(f"{path} holds no JSON object")
+        raise ShortVError(f"{path}: holds no JSON object")
     return content
 
 
@@ -188,18 +210,18 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise ShortVError(f"{index} names no shards: it has no weight_map; get the file again")
+                raise ShortVError(f"{index}: has no weight_map; get the file again")
             shards = list(dict.fromkeys(weight_map.values()))
             for shard in shards:
                 # No resolving: the files of a Hub cache are links to elsewhere.
                 if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
-                    raise ShortVError(f"{index} names the shard {shard!r}, which is no file name in that folder; refused")
+                    raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
                 if not (folder / shard).is_file():
-                    raise ShortVError(f"the shard {shard} named by {index} is missing; get the file again")
+                    raise ShortVError(f"{index}: the shard {shard} is missing; get the file again")
             return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
-    raise ShortVError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    raise ShortVError(f"{folder}: no weights, neither model.safetensors nor pytorch_model.bin nor the index of either")
 
 
 @contextlib.contextmanager
@@ -216,7 +238,7 @@ def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
             file = stack.enter_context(safe_open(path, framework="pt"))
             slices = {name: file.get_slice(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise ShortVError(f"{path} is damaged or incomplete ({first_line(error)}); get the file again") from error
+            raise ShortVError(f"{path}: damaged or incomplete ({first_line(error)}); get the file again") from error
         yield {
             name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
             for name, part in slices.items()
@@ -228,14 +250,14 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ShortVError(f"{path} holds more than tensors: refused, nothing in it was executed") from error
+        raise ShortVError(f"{path}: refused, it holds more than tensors; nothing in it was executed") from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        raise ShortVError(f"{path} is damaged or no PyTorch file ({first_line(error)}); get the file again") from error
+        raise ShortVError(f"{path}: damaged or no PyTorch file ({first_line(error)}); get the file again") from error
     if not isinstance(content, dict):
-        raise ShortVError(f"{path} holds a {type(content).__name__}, not tensors by name: refused")
+        raise ShortVError(f"{path}: refused, it holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
-            raise ShortVError(f"{path} holds more than tensors, {name!r} is none: refused")
+            raise ShortVError(f"{path}: refused, it holds more than tensors: {name!r} is none")
     return content
 
 
@@ -256,7 +278,7 @@ def plan_tensors(files: list[Path], target_of: Callable[[str], str | None]) -> d
                 if target is None:
                     continue
                 if target in plan:
-                    raise ShortVError(f"the tensor {name} is in {file} and in {plan[target].file}; one of them is stale")
+                    raise ShortVError(f"{file}: the tensor {name} is also in {plan[target].file}; keep the right one")
                 plan[target] = PlannedTensor(file, name, tensor.shape, tensor.dtype)
     return plan
 
@@ -292,7 +314,8 @@ def expected_shapes(source: Path, text_config: dict, vision_config: dict, family
             language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_config)).state_dict()
             vision = CLIPVisionModel(CLIPVisionConfig(**vision_config)).state_dict()
     except Exception as error:  # a nonsensical number fails in ways that differ by version
-        raise ShortVError(f"the configuration of {source} or its vision tower fits no model: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ShortVError(f"{source}: its config.json or the vision tower's fits no model ({reason})") from error
     hidden, vision_hidden = text_config["hidden_size"], vision_config["hidden_size"]
     return {
         **{f"language_model.{name}": tuple(tensor.shape) for name, tensor in language.items()},
@@ -308,20 +331,17 @@ def expected_shapes(source: Path, text_config: dict, vision_config: dict, family
 def check_plan(source: Path, plan: dict[str, PlannedTensor], expected: dict[str, tuple[int, ...]]) -> None:
     for target, tensor in plan.items():
         if target not in expected:
-            raise ShortVError(f"the tensor {tensor.name} in {tensor.file} has no place in the model of {source}/config.json")
+            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the model of config.json")
         if tensor.shape != expected[target]:
-            raise ShortVError(
-                f"the tensor {tensor.name} in {tensor.file} has the shape {tensor.shape}; "
-                f"by the configurations it must be {expected[target]}"
-            )
+            shapes = f"{tensor.shape}, by the configuration it must be {expected[target]}"
+            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has the shape {shapes}")
         if tensor.dtype not in DTYPES:
-            raise ShortVError(
-                f"the tensor {tensor.name} in {tensor.file} is {tensor.dtype}; only {', '.join(DTYPES)} can be converted"
-            )
+            known = ", ".join(DTYPES)
+            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} is {tensor.dtype}; it must be one of {known}")
     missing = [target for target in expected if target not in plan]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ShortVError(f"{source} is incomplete: nothing becomes the tensor {missing[0]}{more}; get its weights again")
+        raise ShortVError(f"{source}: nothing in it becomes the tensor {missing[0]}{more}; get its weights again")
 
 
 # Writing weights
@@ -340,43 +360,34 @@ def write_weights(output: Path, plan: dict[str, PlannedTensor], num_new_rows: in
     weight_map, total_size = {}, 0
     for number, file in enumerate(tqdm(files, desc="Converting", unit="shard", disable=None), start=1):
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        shapes = {}
-        for target, tensor in plan.items():
-            if tensor.file == file:
-                grown = num_new_rows if target in new_rows else 0
-                shapes[target] = (tensor.shape[0] + grown, *tensor.shape[1:])
         with open_shard(file) as stored:
-
-            def parts(target, stored=stored):
-                yield stored[plan[target].name].read()
-                if target in new_rows:
-                    yield new_rows[target]
-
-            total_size += write_shard(output / shard, dtype, shapes, parts)
-        weight_map |= dict.fromkeys(shapes, shard)
+            tensors = {target: stored[tensor.name] for target, tensor in plan.items() if tensor.file == file}
+            total_size += write_shard(output / shard, dtype, tensors, new_rows)
+        weight_map |= dict.fromkeys(tensors, shard)
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(output / "model.safetensors.index.json", index)
 
 
-def write_shard(
-    path: Path, dtype: str, shapes: dict[str, tuple[int, ...]], parts: Callable[[str], Iterator[torch.Tensor]]
-) -> int:
-    """Write a safetensors file one tensor at a time, where the library would hold all of them; returns bytes of data.
+def write_shard(path: Path, dtype: str, tensors: dict[str, StoredTensor], new_rows: dict[str, torch.Tensor]) -> int:
+    """Write a safetensors file, one tensor in memory at a time, and return the bytes of its tensors.
 
-    `parts` gives the tensors whose concatenation along the first dimension is the named one.
+    The library's own function takes tensors already cast and grown, which would be a shard's copy in memory.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    for name, tensor in tensors.items():
+        shape = [*tensor.shape]
+        if name in new_rows:
+            shape[0] += len(new_rows[name])
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the data
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in shapes:
-            for part in parts(name):
-                file.write(part.detach().to(DTYPES[dtype]).flatten().view(torch.uint8).numpy())
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            for part in (tensor.read(), new_rows.get(name)):
+                if part is not None:
+                    file.write(part.detach().to(DTYPES[dtype]).flatten().view(torch.uint8).numpy())
     return end
 
 
@@ -403,12 +414,12 @@ def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
 
 def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> Path:
     """The tower's folder, from the Hub if it is no local one; without weights unless they are wanted."""
-    if not tower:
-        raise ShortVError(f"{source}/config.json names no mm_vision_tower; pass --vision-tower DIR")
+    if not tower or not isinstance(tower, (str, Path)):
+        raise ShortVError(f"{source}: its config.json names no vision tower; pass --vision-tower DIR")
     if Path(tower).is_dir():
         return Path(tower)
     if not isinstance(tower, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", tower):
-        raise ShortVError(f"no vision tower at {tower}; pass --vision-tower DIR, a CLIP model's folder")
+        raise ShortVError(f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP model")
     patterns = [["config.json", "preprocessor_config.json"]]
     if with_weights:  # one format, not both
         patterns += [["model*.safetensors", "model*.safetensors.index.json"], ["pytorch_model*.bin*"]]
@@ -416,9 +427,8 @@ def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> 
         try:
             folder = Path(huggingface_hub.snapshot_download(tower, allow_patterns=allowed))
         except Exception as error:  # the client's errors have no common class across its versions
-            raise ShortVError(
-                f"cannot get the vision tower {tower} from the Hub ({first_line(error)}); pass --vision-tower DIR"
-            ) from error
+            reason = first_line(error)
+            raise ShortVError(f"{tower}: not to be had from the Hub ({reason}); pass --vision-tower DIR") from error
         if any(folder.glob("model*.safetensors")):
             break
     return folder
@@ -429,7 +439,7 @@ def vision_config_of(tower: Path) -> dict:
     if config.get("model_type") == "clip":
         config = {"model_type": "clip_vision_model", **config.get("vision_config", {})}
     if config.get("model_type") != "clip_vision_model":
-        raise ShortVError(f"the vision tower {tower} is a {config.get('model_type')} model; it must be a CLIP model")
+        raise ShortVError(f"{tower}: the vision tower must be a CLIP model, this is {config.get('model_type')!r}")
     defaults = CLIPVisionConfig()
     return {
         "model_type": "clip_vision_model",
@@ -444,18 +454,20 @@ def family_of(source: Path, config: dict) -> str:
     """The model type of the output, llava or llava_next, by what LLaVA does with an image."""
     aspect_ratio, merge_type = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type") or "flat"
     if config.get("mm_use_im_start_end"):
-        raise ShortVError(f"{source} marks images with start and end tokens, as LLaVA 1.0; only 1.5 and 1.6 are supported")
+        raise ShortVError(f"{source}: mm_use_im_start_end is set, as by LLaVA 1.0; only 1.5 and 1.6 are supported")
     if aspect_ratio in (None, "square", "pad"):
         return "llava"
     if aspect_ratio == "anyres" and merge_type == "spatial_unpad":
         return "llava_next"
-    raise ShortVError(f"{source}: images as {aspect_ratio!r}, merged as {merge_type!r}, are neither LLaVA 1.5's nor 1.6's")
+    setting = f"image_aspect_ratio {aspect_ratio!r} with mm_patch_merge_type {merge_type!r}"
+    raise ShortVError(f"{source}: {setting} is neither LLaVA 1.5's nor 1.6's; only those are supported")
 
 
 def backbone_of(source: Path, config: dict) -> str:
     model_type = config.get("model_type")
     if not is_original(source) or model_type not in BACKBONES:
-        raise ShortVError(f"{source} is no original LLaVA checkpoint of type {', '.join(BACKBONES)}: its type is {model_type}")
+        known = ", ".join(BACKBONES)
+        raise ShortVError(f"{source}: no original LLaVA checkpoint (model_type {model_type!r}; supported: {known})")
     return BACKBONES[model_type]
 
 
@@ -463,7 +475,7 @@ def text_config_of(source: Path, config: dict, backbone: str) -> dict:
     """Plain keys that transformers 4 and 5 both read."""
     missing = [key for key in REQUIRED_TEXT_KEYS if key not in config]
     if missing:
-        raise ShortVError(f"{source}/config.json does not give {', '.join(missing)}")
+        raise ShortVError(f"{source}: its config.json does not give {', '.join(missing)}")
     return {
         "model_type": backbone,
         **{key: config[key] for key in (*REQUIRED_TEXT_KEYS, *OPTIONAL_TEXT_KEYS) if key in config},
@@ -474,11 +486,27 @@ def text_config_of(source: Path, config: dict, backbone: str) -> dict:
     }
 
 
-def strategy_of(source: Path, config: dict) -> str:
+def model_config_of(source: Path, config: dict, family: str, text_config: dict, vision_config: dict) -> dict:
+    """The configuration of the whole model, but for its special tokens and dtype."""
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
-        raise ShortVError(f"{source}/config.json: mm_vision_select_feature is {feature!r}, not patch or cls_patch")
-    return "default" if feature == "patch" else "full"
+        raise ShortVError(f"{source}: mm_vision_select_feature is {feature!r}; only patch and cls_patch are known")
+    num_patches = (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+    model_config = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "image_seq_length": num_patches + (feature == "cls_patch"),
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default" if feature == "patch" else "full",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+        "text_config": text_config,
+        "vision_config": vision_config,
+    }
+    if family == "llava_next":
+        model_config["image_grid_pinpoints"] = grid_pinpoints(source, config)
+    return model_config
 
 
 def grid_pinpoints(source: Path, config: dict) -> list[list[int]]:
@@ -488,8 +516,115 @@ def grid_pinpoints(source: Path, config: dict) -> list[list[int]]:
         pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return [[int(height), int(width)] for width, height in pinpoints]
     except (ValueError, TypeError, SyntaxError) as error:
-        raise ShortVError(f"{source}/config.json: image_grid_pinpoints is no list of pairs: {pinpoints!r}") from error
+        raise ShortVError(f"{source}: image_grid_pinpoints {pinpoints!r} is no list of pairs") from error
 
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_generation_config(source: Path, output: Path, model_config: dict) -> None:
+    """The tokens that begin, end and pad; how to sample is left to the user."""
+    path = source / "generation_config.json"
+    given = model_config["text_config"] | (read_json(path) if path.is_file() else {})
+    tokens = {key: given[key] for key in ("bos_token_id", "eos_token_id") if key in given}
+    write_json(output / "generation_config.json", {**tokens, "pad_token_id": model_config["pad_token_id"]})
+
+
+# Tokenizer and image processor
+
+
+def write_tokenizer(
+    source: Path, output: Path, text_config: dict, image_token_id: int | None, notes: list[str]
+) -> SpecialTokens:
+    """Write the tokenizer with its chat template, unless the source has none."""
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        notes.append(f"{source}: has no tokenizer, so the output has none and takes only token ids")
+        if image_token_id is not None:
+            return SpecialTokens("<image>", image_token_id, text_config.get("pad_token_id"))
+        return SpecialTokens("<image>", text_config["vocab_size"], text_config["vocab_size"] + 1)
+
+    # AutoTokenizer would rebuild a tokenizer.json by its class, each version of transformers in its own way.
+    ready = (source / "tokenizer.json").is_file()
+    try:
+        if ready:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        else:
+            # LLaVA tokenizes the text after an image by itself, so with a leading space; that is what `legacy` does.
+            backbone = AutoConfig.for_model(text_config["model_type"])
+            tokenizer = AutoTokenizer.from_pretrained(source, config=backbone, legacy=True, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # broken files and missing libraries fail in ways that differ by version
+        hint = "get tokenizer.json again" if ready else "try pip install sentencepiece protobuf"
+        raise ShortVError(f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}") from error
+    if image_token_id is None:
+        image_token = "<image>"
+        tokenizer.add_tokens(AddedToken(image_token, special=True, normalized=False), special_tokens=True)
+        if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
+            tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
+    else:
+        image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+        if image_token is None:
+            raise ShortVError(f"{source}: its tokenizer has no token {image_token_id} to stand for an image")
+
+    template = chat_template_of(tokenizer, text_config["model_type"])
+    if template is None:
+        notes.append(f"{source}: its prompt format is unknown; put its chat template into chat_template.jinja")
+    else:
+        (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
+    (output / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    write_json(
+        output / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
+            **{name: token for name, token in special.items() if token is not None},
+            "model_max_length": tokenizer.model_max_length,
+            "padding_side": "left",  # as generation in batches needs it
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    return SpecialTokens(image_token, tokenizer.convert_tokens_to_ids(image_token), tokenizer.pad_token_id)
+
+
+def chat_template_of(tokenizer, backbone: str) -> str | None:
+    """The prompt format LLaVA tunes this backbone with; for Llama models that are not Vicuna's kin, their own."""
+    if backbone == "llama" and {"<|im_start|>", "<|start_header_id|>"} & tokenizer.get_vocab().keys():
+        return tokenizer.chat_template
+    return CHAT_TEMPLATES[backbone]
+
+
+def write_processor(tower: Path, output: Path, model_config: dict, image_token: str, notes: list[str]) -> None:
+    """Write the image processor, by the tower's own settings, and what LLaVA's processor adds."""
+    size = model_config["vision_config"]["image_size"]
+    settings = {
+        **{"do_resize": True, "size": {"shortest_edge": size}, "resample": 3},
+        **{"do_center_crop": True, "crop_size": {"height": size, "width": size}},
+        **{"do_rescale": True, "rescale_factor": 1 / 255},
+        **{"do_normalize": True, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD},
+        "do_convert_rgb": True,
+    }
+    path = tower / "preprocessor_config.json"
+    if path.is_file():
+        settings |= {key: value for key, value in read_json(path).items() if key in settings}
+    else:
+        notes.append(f"{tower}: has no preprocessor_config.json; the image processor got CLIP's usual settings")
+    if isinstance(settings["size"], int):  # as CLIP's first configurations
+        settings["size"] = {"shortest_edge": settings["size"]}
+    if isinstance(settings["crop_size"], int):
+        settings["crop_size"] = dict.fromkeys(("height", "width"), settings["crop_size"])
+    processor, image_processor = "LlavaProcessor", "CLIPImageProcessor"
+    if model_config["model_type"] == "llava_next":
+        processor, image_processor = "LlavaNextProcessor", "LlavaNextImageProcessor"
+        settings |= {"do_pad": True, "image_grid_pinpoints": model_config["image_grid_pinpoints"]}
+    write_json(output / "preprocessor_config.json", {"image_processor_type": image_processor, **settings})
+    write_json(
+        output / "processor_config.json",
+        {
+            "processor_class": processor,
+            "image_token": image_token,
+            "patch_size": model_config["vision_config"]["patch_size"],
+            "vision_feature_select_strategy": model_config["vision_feature_select_strategy"],
+            "num_additional_image_tokens": 1,  # CLIP's class token
+        },
+    )
