@@ -4,10 +4,11 @@
         hub.add_repo("org/base", {"config.json": b"{}", "model.safetensors": b"..."})
         api = HfApi(endpoint=hub.url, token=hub.token)
 
-The client is the installed one, untouched. It finds the server through `endpoint=hub.url`, or through the environment
-`hub.env(...)` where it has no such argument. Only model repositories exist. Large files move over LFS, as to any
-client without Xet, and live behind a second port: like the storage hosts of the real Hub it is another origin, which
-gets signed links and no token.
+The client is the installed one. None of its code is replaced, it is configured: inside the `with` block this process
+has the server as HF_ENDPOINT, is online, and has Xet off; a subprocess gets the same by the environment `hub.env(...)`.
+
+Only model repositories exist. Large files move over LFS, as to any client without Xet, and live behind a second port:
+like the storage hosts of the real Hub it is another origin, which gets signed links and no token.
 """
 
 import base64
@@ -27,11 +28,13 @@ from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import NamedTuple
+from unittest import mock
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 import yaml
+from huggingface_hub import constants, file_download, hf_api, utils
 
-from huggingface_hub import constants
+_close_sessions = getattr(utils, "close_session", None) or utils.reset_sessions
 
 EPOCH = datetime(2024, 1, 1, tzinfo=timezone.utc)
 LFS_PATTERNS = (
@@ -264,21 +267,33 @@ class Hub:
         }
         self.page_size = page_size
         self.requests, self.faults, self.served, self.received_bytes = [], [], Counter(), 0
+        self._settings = contextlib.ExitStack()
         self._repos, self._signature = {}, secrets.token_hex(8)
         self._lock, self._closed, self._failures = threading.RLock(), threading.Event(), []
 
     def __enter__(self):
-        # Clients since 2.0 upload over Xet wherever hf_xet is installed and never ask the server. Their own switch for
-        # that, HF_HUB_DISABLE_XET, is read when they are imported, which may be over; this is where its value is kept.
-        self._xet_disabled, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
         self._servers = [_Server(self) for _ in range(2)]
         self.url, self._storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # What `env` sets, for this process: the client has read its environment already, so the values go where it
+        # keeps them. Xet has to be off as clients since 2.0 never ask the server whether it speaks it.
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for place, name, value in [
+            (constants, "ENDPOINT", self.url),
+            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", template),
+            (file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template),  # read by clients before 1.0
+            (hf_api.api, "endpoint", self.url),
+            (constants, "HF_HUB_DISABLE_XET", True),
+            (constants, "HF_HUB_OFFLINE", False),
+        ]:
+            self._settings.enter_context(mock.patch.object(place, name, value, create=True))
+        _close_sessions()  # before 1.0 a session remembers whether it was made offline
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, exc_type, exc, traceback):
-        constants.HF_HUB_DISABLE_XET = self._xet_disabled
+        self._settings.close()
+        _close_sessions()
         self._closed.set()
         for server in self._servers:
             server.shutdown()
@@ -288,7 +303,7 @@ class Hub:
 
     def env(self, home, token=None):
         """The environment of a subprocess whose client talks to this server: `home` is its HF_HOME."""
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         env.update(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
         return env | ({"HF_TOKEN": token} if token else {})
 
@@ -314,6 +329,12 @@ class Hub:
                 else:
                     content[path] = File(data, is_lfs(path, data, len(data)))
             return repo.commit(repo.ref(revision), parent, content, title, author=author).oid
+
+    def lose(self, repo_id, path):
+        """Lose the stored content of a large file: it is still listed, but can be neither downloaded nor copied."""
+        with self._lock:
+            repo = self._repos[repo_id]
+            del repo.lfs[repo.resolve("main").files[path].sha256]
 
     def files(self, repo_id, revision="main"):
         """The content of a repository: path to bytes."""
@@ -427,7 +448,8 @@ class _Handler(BaseHTTPRequestHandler):
         call = Call(endpoint, self.command, unquote(url.path), 0)
         fault = hub._fault(endpoint, call.path)
         cut = fault.cut if fault else None
-        body = self._body(half=cut == "request")
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size // 2 if cut == "request" else size)
         if endpoint == "lfs_upload":
             with hub._lock:
                 hub.received_bytes += len(body)
@@ -453,19 +475,6 @@ class _Handler(BaseHTTPRequestHandler):
                 reply = _json({"error": repr(error)}, 500)
             hub.requests.append(call._replace(status=0 if cut else reply.status))
         self._send(hub, reply, half=cut == "response")
-
-    def _body(self, half):
-        """Read the request's body, whole or the first half."""
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            size = int(self.headers.get("Content-Length", 0))
-            return self.rfile.read(size // 2 if half else size)
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size // 2 if half else size))
-            if half:
-                break
-            self.rfile.readline()
-        return b"".join(chunks)
 
     def _send(self, hub, reply, half):
         if half and not reply.body:
@@ -536,12 +545,12 @@ def is_lfs(path, sample, size):
 def check_card(content):
     """Validate the metadata of a README.md: (errors, warnings), lists of messages."""
     block = CARD.match(content)
-    if block is None:
-        return [], ["empty or missing yaml metadata in repo card"]
     try:
-        data = yaml.safe_load(block[1])
+        data = yaml.safe_load(block[1]) if block else None
     except yaml.YAMLError as error:
         return [f"Invalid YAML: {error}"], []
+    if data is None:
+        return [], ["empty or missing yaml metadata in repo card"]
     if not isinstance(data, dict):
         return ['"metadata" must be an object'], []
     errors, warnings = [], []
@@ -602,9 +611,7 @@ def _create_repo(hub, request):
         return _json({"error": "You already created this model repo", **link}, 409)
     attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
     private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-    hub.add_repo(
-        repo_id, {".gitattributes": attributes.encode()}, private=private, region=wanted.get("region") or "us"
-    )
+    hub.add_repo(repo_id, {".gitattributes": attributes.encode()}, private=private, region=wanted.get("region") or "us")
     return _json(link)
 
 
@@ -627,7 +634,8 @@ def _repo_info(hub, request, repo_id, revision):
         if file.lfs:
             sibling["lfs"] = {"sha256": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
     readme = commit.files["README.md"].data.decode() if "README.md" in commit.files else ""
-    card = yaml.safe_load(CARD.match(readme)[1]) if CARD.match(readme) and not check_card(readme)[0] else {}
+    block = CARD.match(readme)
+    card = (block and not check_card(readme)[0] and yaml.safe_load(block[1])) or {}
     return _json(
         {
             **{"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit.oid},
@@ -753,8 +761,10 @@ def _lfs_upload(hub, request, repo_id, oid):
 @_endpoint("GET HEAD", f"/lfs/{REPO}/(?P<oid>[0-9a-f]+)")
 def _lfs_download(hub, request, repo_id, oid):
     _check_link(hub, request)
-    source = (repo_id, request.query["filename"])
-    return _content(request, hub._repos[repo_id].lfs[oid], source, {"ETag": f'"{oid}"'})
+    data = hub._repos[repo_id].lfs.get(oid)
+    if data is None:
+        raise HubError(404, "The object does not exist")
+    return _content(request, data, (repo_id, request.query["filename"]), {"ETag": f'"{oid}"'})
 
 
 @_endpoint("POST", f"/{REPO}.git/info/lfs/verify")
