@@ -9,19 +9,20 @@ their next states; the new variant is the original's output with the rows of X p
 L + L(L-1)/2 layer passes for L layers in place of L(L+1), and each layer's weights are used once a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, FrozenTokens
 
 Tokens = Literal["visual", "text", "all"]
 Direction = Literal["release", "paper"]
+Granularity = Literal["layer", "block"]
 
 
-@torch.no_grad()
 def layer_contribution(model, inputs, tokens: Tokens = "visual", direction: Direction = "release") -> torch.Tensor:
     """LC score of every layer, mean over the batch: float64 of shape `(num_layers,)`, in nats.
 
@@ -32,32 +33,104 @@ def layer_contribution(model, inputs, tokens: Tokens = "visual", direction: Dire
         direction: `release` for KL(M_i || M), which the authors' code computes and their published layers come from;
             `paper` for KL(M || M_i), as their paper writes it.
     """
-    return sample_contributions(model, inputs, tokens, direction).mean(dim=0)
+    return contributions(model, inputs, [tokens], direction)[0].mean(dim=0)
+
+
+class RowBudget:
+    """How many rows of the stack a layer takes at once; halved for good whenever memory runs out."""
+
+    def __init__(self, rows: int | None = None):
+        self.rows = rows or 1 << 30
 
 
 @torch.no_grad()
-def sample_contributions(model, inputs, tokens: Tokens = "visual", direction: Direction = "release") -> torch.Tensor:
-    """As [`layer_contribution`], for every row of the batch: float64 of shape `(B, num_layers)`."""
+def contributions(
+    model,
+    inputs,
+    tokens: Sequence[Tokens] = ("visual",),
+    direction: Direction = "release",
+    granularity: Granularity = "layer",
+    budget: RowBudget | None = None,
+) -> torch.Tensor:
+    """LC scores of every row of the batch for several sets of tokens, which share the original's pass.
+
+    Returns:
+        float64 of shape `(len(tokens), B, num_layers)`, or `(len(tokens), B, 2 * num_layers)` with granularity `block`:
+        the attention blocks of all layers, then the FFN blocks.
+    """
     decoder = model.model.language_model
+    budget = budget or RowBudget()
     with _shortv_layers(decoder.layers):
-        states, calls = _layer_calls(model, inputs)
-        frozen = _token_set(model, inputs, tokens).to(states.device)
-        last = _last_positions(inputs, states)
-        stack = states.unsqueeze(0)  # (variants, B, S, h), the original first
+        stack, calls = _layer_calls(model, inputs)  # (variants * B, S, h), the original first
+        batch = len(stack)
+        sets = [_token_set(model, inputs, kind) for kind in tokens]
+        last = _last_positions(inputs, stack)
+        unread = torch.ones_like(sets[0]).scatter(1, last[:, None].to(sets[0].device), False)
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
-            if index == len(decoder.layers) - 1:  # of its outputs, only those of the last positions are read
-                unread = torch.ones_like(frozen).scatter(1, last[:, None], False)
-                call = call | {"frozen_tokens": _repeat(unread, len(stack), index)}
-            outputs = layer(stack.flatten(0, 1), **_repeated(call, len(stack))).view_as(stack)
-            variant = torch.where(frozen.unsqueeze(-1), stack[0], outputs[0])
-            stack = torch.cat([outputs, variant.unsqueeze(0)])
-    rows = torch.arange(len(last), device=last.device)
-    logits = model.lm_head(decoder.norm(stack[:, rows, last]))
-    return _divergence(logits[0], logits[1:], direction).T
+            original = stack[:batch]
+            with _weights_in_place(layer):
+                # Of the last layer's outputs only those of the last positions are read.
+                final = unread if index == len(decoder.layers) - 1 else None
+                outputs = _run(layer, stack, call, batch, budget, final)
+                variants = []
+                for frozen in sets:
+                    if granularity == "layer":
+                        mask = frozen.unsqueeze(-1).to(outputs.device)
+                        variants.append(torch.where(mask, original.to(outputs.device), outputs[:batch]))
+                    else:
+                        for blocks in ("attention", "ffn"):
+                            variants.append(_run(layer, original, call, batch, budget, frozen, (blocks,)))
+            stack = torch.cat([outputs, *variants])
+    rows = torch.arange(batch, device=stack.device)
+    states = stack.unflatten(0, (-1, batch))[:, rows, last.to(stack.device)]
+    logits = model.lm_head(decoder.norm(states))
+    scores = _divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, B)
+    # Equal states mean equal distributions, however a matrix product rounds their rows.
+    scores = scores.masked_fill((states[1:] == states[0]).all(dim=-1), 0)
+    scores = scores.view(len(decoder.layers), len(sets), -1, batch)
+    return scores.permute(1, 3, 2, 0).flatten(2)
+
+
+@torch.no_grad()
+def cosine_distance(model, inputs) -> torch.Tensor:
+    """How far each layer turns visual hidden states: 1 - cosine of its input and output, mean over visual tokens.
+
+    The paper's alternative to LC for choosing layers (section 4.4), float64 of shape `(num_layers,)`.
+    """
+    visual = _token_set(model, inputs, "visual")
+    distances = []
+
+    def measure(layer, args, output):
+        before, after = (states[visual.to(states.device)].double() for states in (args[0], output))
+        distances.append(1 - torch.cosine_similarity(before, after, dim=-1).mean().cpu())
+
+    handles = [layer.register_forward_hook(measure) for layer in model.model.language_model.layers]
+    try:
+        with dense(model):
+            model.model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(distances)
+
+
+@contextmanager
+def dense(model) -> Iterator[None]:
+    """Freeze nothing for a while; a plain LLaVA never does."""
+    config = model.config
+    if not hasattr(config, "set_replaced_layers"):
+        yield
+        return
+    before = config.replaced_layers, config.replaced_attention_layers, config.replaced_ffn_layers
+    config.set_replaced_layers()
+    try:
+        yield
+    finally:
+        config.set_replaced_layers(*before)
 
 
 def _divergence(original: torch.Tensor, variants: torch.Tensor, direction: Direction) -> torch.Tensor:
-    """KL between logits (B, vocabulary) and (L, B, vocabulary), in float64: (L, B)."""
+    """KL between logits (B, vocabulary) and (variants, B, vocabulary), in float64: (variants, B)."""
     p, q = original.double().log_softmax(-1), variants.double().log_softmax(-1)
     if direction == "release":
         return (q.exp() * (q - p)).sum(-1)
@@ -82,30 +155,27 @@ def _last_positions(inputs, states: torch.Tensor) -> torch.Tensor:
     """(B,), index of each row's last token that is no padding."""
     mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.full(states.shape[:1], states.shape[1] - 1, device=states.device)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (positions * mask).argmax(dim=1).to(states.device)
+        return torch.full(states.shape[:1], states.shape[1] - 1)
+    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
 
 
 def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
     """What the language model would call its layers with: states (B, S, h) before the first, keyword arguments of each."""
     layers = model.model.language_model.layers
-    calls = []
+    states, calls = [], []
 
     def recorder(hidden_states, **kwargs):
         kwargs.pop("frozen_tokens", None)
+        states.append(hidden_states)
         calls.append(kwargs)
         return hidden_states
 
     before = [vars(layer).get("forward") for layer in layers]
-    states = []
-    handle = layers[0].register_forward_pre_hook(lambda layer, args: states.append(args[0]))
     try:
         for layer in layers:
             layer.forward = recorder
         model.model(**inputs, use_cache=False)
     finally:
-        handle.remove()
         for layer, forward in zip(layers, before):
             del layer.forward
             if forward is not None:  # accelerate's, which brings an offloaded layer's weights
@@ -113,35 +183,42 @@ def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
     return states[0], calls
 
 
-def _repeat(unread: torch.Tensor, times: int, layer: int) -> FrozenTokens:
-    """`unread` (B, S) frozen in `layer` alone, for a stack of `times` batches."""
-    return FrozenTokens(unread.repeat(times, 1), frozenset([layer]), frozenset([layer]), keep_apart=False)
+def _run(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "ffn")) -> torch.Tensor:
+    """The layer on the stack (variants * B, S, h), as many rows at once as memory allows.
+
+    Args:
+        call: keyword arguments that the layer gets for one batch.
+        frozen: (B, S), tokens that skip the `blocks` named; of the layer's outputs theirs are not to be read.
+    """
+    outputs, start = [], 0
+    while start < len(stack):
+        rows = torch.arange(start, min(start + budget.rows, len(stack))) % batch
+        try:
+            if frozen is not None:
+                layer_id = {layer.self_attn.layer_idx}
+                chosen = (layer_id if block in blocks else frozenset() for block in ("attention", "ffn"))
+                mask = frozen[rows.to(frozen.device)].to(stack.device)
+                call = call | {"frozen_tokens": FrozenTokens(mask, *chosen, keep_apart=False)}
+            outputs.append(layer(stack[start : start + len(rows)], **_of_rows(call, rows, batch)))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or len(rows) == 1:
+                raise
+            budget.rows = len(rows) // 2
+            clear_device_cache(garbage_collection=True)
+        else:
+            start += len(rows)
+    return torch.cat(outputs)
 
 
-def _repeated(value, times: int):
-    """Arguments of a layer for a stack of `times` batches; those of one row serve all."""
+def _of_rows(value, rows: torch.Tensor, batch: int):
+    """A layer's arguments for these rows of the batch; what is the same for all rows stays as it is."""
     if isinstance(value, dict):
-        return {key: _repeated(item, times) for key, item in value.items()}
+        return {key: _of_rows(item, rows, batch) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_repeated(item, times) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] > 1:
-        return value.repeat(times, *[1] * (value.dim() - 1))
+        return tuple(_of_rows(item, rows, batch) for item in value)
+    if batch > 1 and isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch:
+        return value[rows.to(value.device)]
     return value
-
-
-@contextmanager
-def dense(model) -> Iterator[None]:
-    """Freeze nothing for a while; a plain LLaVA never does."""
-    config = model.config
-    if not hasattr(config, "set_replaced_layers"):
-        yield
-        return
-    before = config.replaced_layers, config.replaced_attention_layers, config.replaced_ffn_layers
-    config.set_replaced_layers()
-    try:
-        yield
-    finally:
-        config.set_replaced_layers(*before)
 
 
 @contextmanager
@@ -157,24 +234,16 @@ def _shortv_layers(layers) -> Iterator[None]:
             layer.__class__ = stock
 
 
-@torch.no_grad()
-def cosine_distance(model, inputs) -> torch.Tensor:
-    """How far each layer turns visual hidden states: 1 - cosine of its input and output, mean over visual tokens.
-
-    The paper's alternative to LC for choosing layers (section 4.4), float64 of shape `(num_layers,)`.
-    """
-    visual = inputs["input_ids"] == model.config.image_token_id
-    distances = []
-
-    def measure(layer, args, output):
-        before, after = (states[visual.to(states.device)].double() for states in (args[0], output))
-        distances.append(1 - torch.cosine_similarity(before, after, dim=-1).mean().cpu())
-
-    handles = [layer.register_forward_hook(measure) for layer in model.model.language_model.layers]
+@contextmanager
+def _weights_in_place(layer) -> Iterator[None]:
+    """Bring the weights of a layer that accelerate offloads once, not for every call of its modules."""
+    offloaded = [m for m in layer.modules() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
+    for module in offloaded:
+        module._hf_hook.pre_forward(module)
+        module._hf_hook.offload = False
     try:
-        with dense(model):
-            model.model(**inputs, use_cache=False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(distances)
+        for module in offloaded:
+            module._hf_hook.offload = True
+            module._hf_hook.post_forward(module, None)

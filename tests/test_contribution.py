@@ -1,11 +1,14 @@
 """LC scores: the shared computation against one full pass for every layer."""
 
+import collections
+import copy
+
 import pytest
 import tiny
 import torch
 
 from shortv_llava.calibrate import layer_contribution
-from shortv_llava.calibrate.contribution import sample_contributions
+from shortv_llava.calibrate.contribution import RowBudget, contributions, cosine_distance
 
 
 def brute_force(stock, inputs, token_set, direction):
@@ -40,7 +43,7 @@ def test_shared_equals_brute_force(model, side, tokens, direction):
     token_set = {"visual": visual, "text": ~visual, "all": torch.ones_like(visual)}[tokens]
     expected = brute_force(stock, inputs, token_set, direction)
     for scored in (stock, ours):
-        actual = sample_contributions(scored, inputs, tokens, direction)
+        actual = contributions(scored, inputs, [tokens], direction)[0]
         assert actual.dtype == torch.float64
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(layer_contribution(scored, inputs, tokens, direction), actual.mean(0))
@@ -69,6 +72,92 @@ def test_number_of_layer_passes_and_no_trace_left(which):
     assert sum(scored) == tiny.LAYERS + tiny.LAYERS * (tiny.LAYERS - 1) // 2
     assert [type(layer) for layer in layers] == classes
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+@torch.no_grad()
+def test_several_sets_share_a_pass_and_any_budget_gives_the_same():
+    stock, ours = tiny.pair("llava", "llama", 2)
+    inputs = tiny.batch(stock, "llava", ["ttIttt", "tIttItttt"])
+    kinds = ["visual", "text", "all"]
+    together = contributions(ours, inputs, kinds, budget=RowBudget(3))
+    for kind, scores in zip(kinds, together):
+        torch.testing.assert_close(scores, contributions(ours, inputs, [kind])[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["visual", "text"])
+@torch.no_grad()
+def test_blocks_equal_the_hooked_model(kind):
+    stock, ours = tiny.pair("llava", "llama", 2)
+    inputs = tiny.batch(stock, "llava", ["ttIttt", "tIttItttt"])
+    visual = inputs["input_ids"] == tiny.IMAGE_TOKEN
+    frozen = visual if kind == "visual" else ~visual
+    last = inputs["attention_mask"].shape[1] - 1
+    original = stock(**inputs).logits[:, last].double().log_softmax(-1)
+    expected = []
+    for block in ("attention", "ffn"):
+        for layer in range(tiny.LAYERS):
+            with tiny.frozen(stock, frozen, **{block: [layer]}):
+                variant = stock(**inputs).logits[:, last].double().log_softmax(-1)
+            expected.append((variant.exp() * (variant - original)).sum(-1))
+    actual = contributions(stock, inputs, [kind], granularity="block")[0]
+    torch.testing.assert_close(actual, torch.stack(expected, 1), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_running_out_of_memory_halves_the_rows(monkeypatch):
+    stock, ours = tiny.pair("llava", "llama", 2)
+    inputs = tiny.batch(stock, "llava", ["ttIttt"])
+    expected = contributions(ours, inputs)
+    forward = type(ours.model.language_model.layers[0]).forward
+
+    def small(self, hidden_states, **kwargs):
+        if len(hidden_states) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(type(ours.model.language_model.layers[0]), "forward", small)
+    budget = RowBudget()
+    torch.testing.assert_close(contributions(ours, inputs, budget=budget), expected, atol=1e-6, rtol=1e-5)
+    assert budget.rows <= 2
+
+
+@torch.no_grad()
+def test_offloaded_weights_move_once_a_batch(tmp_path, monkeypatch):
+    from accelerate import dispatch_model, hooks
+
+    _, ours = tiny.pair("llava", "qwen2", 2)
+    inputs = tiny.batch(ours, "llava", ["ttIttt"])
+    expected = contributions(ours, inputs)
+    model = copy.deepcopy(ours)
+    device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.language_model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    device_map |= {f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(tiny.LAYERS)}
+    model = dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    moved = collections.Counter()
+    move = hooks.set_module_tensor_to_device
+
+    def count(module, name, device, value=None, **kwargs):
+        if value is not None:
+            moved[id(module), name] += 1
+        return move(module, name, device, value=value, **kwargs)
+
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", count)
+    torch.testing.assert_close(contributions(model, inputs, budget=RowBudget(1)), expected, atol=1e-6, rtol=1e-5)
+    assert len(moved) == 2 * sum(1 for _ in ours.model.language_model.layers[0].parameters())
+    assert set(moved.values()) == {1}
+
+
+@torch.no_grad()
+def test_cosine_distance_is_that_of_the_dense_models_states():
+    stock, ours = tiny.pair()
+    ours.set_replaced_layers([1, 2])
+    inputs = tiny.batch(stock, "llava", ["ttIttt", "tItttt"])
+    visual = inputs["input_ids"] == tiny.IMAGE_TOKEN
+    states = [state[visual].double() for state in stock(**inputs, output_hidden_states=True).hidden_states[:-1]]
+    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[1:])]
+    for model in (stock, ours):
+        torch.testing.assert_close(cosine_distance(model, inputs)[:-1], torch.stack(expected))
+    assert ours.config.replaced_layers == [1, 2]
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": "image"}, {"direction": "both"}])
