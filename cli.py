@@ -24,75 +24,185 @@ def package(
     layers: Annotated[
         str, typer.Option(help="`published`, `published:NAME`, `none`, or ids separated by commas, as `31,29,30`.")
     ] = "published",
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="Fetch no weights; publish with `shortv push --weights-from`.")
+    ] = False,
+    base_model: Annotated[
+        Optional[str], typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
+    ] = None,
+    vision_tower: Annotated[
+        Optional[str],
+        typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a package folder from a checkpoint and layers that are known already.
+
+    A checkpoint in the original LLaVA layout is converted, one shard at a time.
 
     Examples:
 
         shortv package llava-hf/llava-1.5-7b-hf --output llava-1.5-7b-shortv
 
         shortv package ./my-finetune --layers published:llava-1.5-7b --output my-finetune-shortv
+
+        shortv package liuhaotian/llava-v1.6-vicuna-7b --output llava-next-7b-shortv
     """
-    from shortv_llava.package import check_output, find_checkpoint, parse_layers, write_package
+    from shortv_llava.package import check_output, fetch_checkpoint, parse_layers, write_package
 
     replaced_layers = parse_layers(layers, base)
     check_output(output, overwrite)
-    write_package(find_checkpoint(base), output, overwrite, replaced_layers=replaced_layers)
+    write_package(
+        fetch_checkpoint(base, weights=not no_weights),
+        output,
+        overwrite,
+        weights=not no_weights,
+        base_model=base_model,
+        vision_tower=vision_tower,
+        replaced_layers=replaced_layers,
+    )
     typer.echo(f"wrote {output}: {len(replaced_layers)} layers replaced {replaced_layers}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="The package folder.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repository, `owner/name`; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to commit to; made if there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[Optional[str], typer.Option(help="First line of the commit.")] = None,
+    license: Annotated[
+        Optional[str], typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
+    ] = None,
+    weights_from: Annotated[
+        Optional[str],
+        typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
+) -> None:
+    """Publish a package folder on the Hub, checked first, in one commit; none where nothing has changed.
+
+    Examples:
+
+        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --dry-run
+
+        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --weights-from llava-hf/llava-1.5-7b-hf
+    """
+    from tqdm import tqdm
+
+    from shortv_llava.push_to_hub import push as run
+
+    changes, url = run(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        license=license,
+        weights_from=weights_from,
+        dry_run=dry_run,
+    )
+    for change in changes:
+        typer.echo(f"{change.action:6} {tqdm.format_sizeof(change.size, 'B'):>8} {change.path}")
+    if not changes:
+        typer.echo(f"{repo_id}: nothing has changed, so nothing was committed")
+    else:
+        typer.echo(f"{repo_id}: nothing was changed, this was a dry run" if dry_run else f"committed: {url}")
 
 
 @app.command()
 def calibrate(
     base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
     output: Annotated[Path, typer.Option(help="The package folder to make.")],
-    data: Annotated[str, typer.Option(help="`shapes` (embedded), or a file of questions in LLaVA's JSONL.")] = "shapes",
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images that the questions name.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    num_layers: Annotated[
-        Optional[int], typer.Option(min=0, help="Layers to replace; about 60 percent if not given.")
-    ] = None,
+    data: Annotated[
+        list[str],
+        typer.Option(help="`gqa`, `flickr30k`, `shapes` (embedded) or a file in LLaVA's JSONL; several mix."),
+    ] = ["gqa", "flickr30k"],  # noqa: B006
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the images that JSONL files name.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
+    held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the draw, of random layers and of the bootstrap.")] = 0,
+    tokens: Annotated[
+        list[str], typer.Option(help="`visual`, `text` or `all`; several are scored at once, the first chooses.")
+    ] = ["visual"],  # noqa: B006
     direction: Annotated[
         str, typer.Option(help="`release`: KL(variant || model), as published layers were found; `paper`: the reverse.")
     ] = "release",
+    strategy: Annotated[str, typer.Option(help="`lc`, `greedy`, `cosine` or `random`.")] = "lc",
+    granularity: Annotated[
+        str, typer.Option(help="`layer`, `block` (attention and FFN apart), or `auto`: the better of both.")
+    ] = "layer",
+    num_layers: Annotated[Optional[int], typer.Option(help="Layers to replace.")] = None,
+    fraction: Annotated[Optional[float], typer.Option(help="Of the layers to replace; 0.6 if no budget is given.")] = None,
+    flops_ratio: Annotated[Optional[float], typer.Option(help="Replace until the prefill costs this share.")] = None,
+    max_divergence: Annotated[
+        Optional[float], typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
+    ] = None,
+    max_rows: Annotated[Optional[int], typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[Optional[str], typer.Option(help="As in transformers, for example `auto`.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Through bitsandbytes.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Through bitsandbytes.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compute LC scores and make the package that replaces the layers of lowest score.
 
+    Interrupted, the same command continues. Several GPUs: `accelerate launch -m shortv_llava.calibrate BASE --output DIR`
+
     Examples:
 
-        shortv calibrate llava-hf/llava-1.5-7b-hf --data questions.jsonl --images images --output llava-1.5-7b-shortv
+        shortv calibrate llava-hf/llava-1.5-7b-hf --output llava-1.5-7b-shortv
 
-        shortv calibrate ./my-finetune --num-layers 16 --output my-finetune-shortv
+        shortv calibrate ./my-finetune --data questions.jsonl --images images --granularity auto --output my-shortv
     """
-    from shortv_llava.calibrate.samples import EMBEDDED, draw, embedded_samples, read_questions
-    from shortv_llava.package import check_output, find_checkpoint, read_config
+    from typing import get_args
 
-    if direction not in ("release", "paper"):
-        raise typer.BadParameter(f"release or paper, not {direction!r}", param_hint="--direction")
-    if (data == EMBEDDED) == (images is not None):
-        raise typer.BadParameter("give --images DIR with a file of questions, and with that alone", param_hint="--data")
-    check_output(output, overwrite)
-    drawn = draw(embedded_samples() if data == EMBEDDED else read_questions(Path(data), images), samples, seed)
-    folder = find_checkpoint(base)
-    total = read_config(folder).get("text_config", {}).get("num_hidden_layers", 32)  # Llama's default is left out of files
-    if num_layers is not None and num_layers > total:
-        raise typer.BadParameter(f"the model has {total} layers", param_hint="--num-layers")
-
-    from rich.console import Console
-
-    from shortv_llava.calibrate.report import score_table
+    from shortv_llava.calibrate.contribution import Direction, Tokens
+    from shortv_llava.calibrate.run import Choice
     from shortv_llava.calibrate.run import calibrate as run
-    from shortv_llava.package import load_model, load_processor
+    from shortv_llava.calibrate.samples import load_samples
+    from shortv_llava.package import check_output, find_checkpoint, load_model, load_processor, read_config
 
+    data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
+    for name, values, known in (("--direction", [direction], Direction), ("--tokens", tokens, Tokens)):
+        for value in values:
+            if value not in get_args(known):
+                raise typer.BadParameter(f"{' or '.join(get_args(known))}, not {value!r}", param_hint=name)
+    check_output(output, overwrite)
+    folder = find_checkpoint(base)
+    text_config = read_config(folder).get("text_config", {})
+    choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed)
+    choice.check(text_config.get("num_hidden_layers", 32))  # files leave Llama's default out
+    drawn = load_samples(data, images, samples + held_out, seed)
+    groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     processor = load_processor(folder)
-    model = load_model(folder, dtype=dtype, device_map=device_map)
-    result = run(folder, model, processor, drawn, output, data, seed, num_layers, direction, overwrite)
-    Console().print(score_table(result.lc_scores, result.replaced_layers))
-    typer.echo(f"wrote {output}: {len(result.replaced_layers)} layers replaced {result.replaced_layers}")
+    model = load_model(
+        folder, dtype=dtype, device_map=device_map, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
+    )
+    settings = {
+        "base": base if not Path(base).is_dir() else Path(base).resolve().name,
+        "data": [Path(source).name for source in data],
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+    }
+    result = run(
+        folder,
+        model,
+        processor,
+        [sample for group in groups for sample in group[:samples]],
+        [sample for group in groups for sample in group[samples:]],
+        output,
+        choice,
+        settings,
+        tokens,
+        direction,
+        max_rows,
+        overwrite,
+    )
+    frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
+    typer.echo(f"wrote {output}: {frozen}")
 
 
 @app.command()

@@ -1,28 +1,122 @@
-"""Images from files, within limits."""
+"""Images from files and URLs, within limits."""
 
+import io
+import queue
+import threading
+import urllib.request
+import warnings
 from pathlib import Path
+from typing import BinaryIO
+from urllib.error import URLError
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shortv_llava.errors import ShortVError
 
 MAX_PIXELS = 80_000_000
+MAX_DOWNLOAD_BYTES = 50_000_000
+MAX_DOWNLOAD_SECONDS = 30.0
+
+
+def load_image(source: str) -> Image.Image:
+    """The picture in a file or behind an http(s) URL: upright, RGB, transparent parts white, the first of its frames.
+
+    Raises:
+        ShortVError: if it cannot be had within the limits above, or is no image.
+    """
+    if source.lower().startswith(("http://", "https://")):
+        return _decode(io.BytesIO(_download(source)), source)
+    if "://" in source:
+        raise ShortVError(f"{source}: images are read from files, http:// and https:// alone")
+    return open_image(Path(source).expanduser())
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file, upright, RGB.
+    """The picture in a file, as [`load_image`] gives it.
 
     Raises:
         ShortVError: if the file is missing, no image, broken, or larger than MAX_PIXELS.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ShortVError(f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with open(path, "rb") as file:
+            return _decode(file, str(path))
     except FileNotFoundError:
         raise ShortVError(f"{path}: no such image") from None
+    except (OSError, ValueError) as error:
+        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _decode(file: BinaryIO, source: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own pixel limits warn first, and broken metadata does
+            with Image.open(file) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ShortVError(f"{source}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ShortVError:
+        raise
     except Image.DecompressionBombError:
-        raise ShortVError(f"{path}: has more than {MAX_PIXELS:,} pixels") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read as an image ({error})") from error
+        raise ShortVError(f"{source}: has more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise ShortVError(f"{source}: is no image of a known format") from None
+    except Exception as error:  # decoders raise every kind on broken files
+        raise ShortVError(f"{source}: is a broken image ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # grey of 16 bits, of which Pillow would keep the lowest 8
+        return image.convert("I").point(lambda value: value / 256).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _download(url: str) -> bytes:
+    """What stands behind a URL.
+
+    A socket's time-out starts anew with every byte, and none holds for a name look-up. So the work is done in a thread,
+    which is left to itself when the time is over.
+    """
+    outcome = queue.SimpleQueue()
+
+    def work():
+        try:
+            outcome.put(_fetch(url))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result = outcome.get(timeout=MAX_DOWNLOAD_SECONDS)
+    except queue.Empty:
+        result = TimeoutError("timed out")  # as a socket's
+    if isinstance(result, ShortVError):
+        raise result
+    if isinstance(result, Exception):
+        reason = result.reason if type(result) is URLError else result
+        raise ShortVError(f"{url}: cannot be downloaded ({reason})") from result
+    return result
+
+
+def _fetch(url: str) -> bytes:
+    opener = urllib.request.OpenerDirector()  # the usual one also goes to ftp: when redirected there
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, headers={"User-Agent": "shortv-llava"})  # some sites refuse Python's own
+    with opener.open(request, timeout=MAX_DOWNLOAD_SECONDS) as response:
+        if response.headers.get_content_type() == "text/html":
+            raise ShortVError(f"{url}: is a web page, not an image; give the address of the image itself")
+        data = response.read(MAX_DOWNLOAD_BYTES + 1)  # never trusts the length that the server names
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ShortVError(f"{url}: has more than {MAX_DOWNLOAD_BYTES:,} bytes")
+    return data

@@ -1,14 +1,18 @@
 """Package folders: what one holds, how it is made from a LLaVA checkpoint, and how it is loaded.
 
 Weights are linked or copied as they are, never loaded and saved again, so that their tensors keep the names that
-every engine knows.
+every engine knows. Only checkpoints in the original LLaVA layout are converted.
 """
 
+import atexit
+import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +20,13 @@ from typing import NamedTuple
 
 from shortv_llava.errors import ShortVError
 
+logger = logging.getLogger(__name__)
+
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+CARD_FILE = "README.md"
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
+TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
 # Processor, tokenizer, generation settings and the base model's terms.
 OTHER_PATTERNS = (
     "preprocessor_config.json",
@@ -29,10 +38,15 @@ OTHER_PATTERNS = (
     "merges.txt",
     "chat_template*",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    *TERMS_PATTERNS,
 )
+JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 MODEL_TYPES = {"llava": "shortv_llava", "llava_next": "shortv_llava_next"}
+# What a package's config.json says beyond its base's.
+OWN_KEYS = (
+    *("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers"),
+    *("lc_scores", "calibration", "auto_map"),
+)
 
 
 class PublishedModel(NamedTuple):
@@ -88,23 +102,111 @@ def parse_layers(spec: str, base: str) -> list[int]:
         raise ShortVError(f"layers must be published, none or ids separated by commas, got {spec!r}") from None
 
 
-def find_checkpoint(base: str) -> Path:
-    """The local folder of a checkpoint: `base` itself, or the download of a Hub id.
+def find_checkpoint(base: str, vision_tower: str | None = None) -> Path:
+    """The local folder of a checkpoint in the Hugging Face layout: `base` itself, or the download of a Hub id.
+
+    A checkpoint in the original LLaVA layout is converted into a folder that goes when the process ends.
+
+    Args:
+        base: a folder, or a Hub id with or without `@revision`.
+        vision_tower: of an original checkpoint, folder or Hub id; by default the one its config.json names.
+
+    Raises:
+        ShortVError: if there is no such folder, the Hub does not give it, or it cannot be converted.
+    """
+    from huggingface_hub import cached_assets_path
+
+    from shortv_llava.conversion import is_original
+
+    folder = fetch_checkpoint(base)
+    if not is_original(folder):
+        return folder
+    # Beside the Hub's cache, where there is room for models; /tmp is often in memory.
+    temporary = tempfile.TemporaryDirectory(dir=cached_assets_path("shortv_llava"))
+    atexit.register(temporary.cleanup)
+    # The end of the path is kept: in the Hub's cache it names the repository, see `hub_id`.
+    converted = Path(temporary.name, *folder.absolute().parts[-3:])
+    converted.mkdir(parents=True)
+    convert_original(folder, converted, vision_tower)
+    for path in matching(folder, (CARD_FILE, *TERMS_PATTERNS)):
+        shutil.copyfile(path, converted / path.name)
+    return converted
+
+
+def fetch_checkpoint(base: str, weights: bool = True) -> Path:
+    """The local folder of a checkpoint in either layout, as it is; from the Hub without its weights if so wanted.
 
     Raises:
         ShortVError: if there is no such folder, or the Hub does not give it.
     """
     if Path(base).is_dir():
         return Path(base)
-    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
+    repo_id, revision = split_revision(base)
+    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 
+    patterns = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
     try:
-        return Path(snapshot_download(base, allow_patterns=["config.json", *WEIGHT_PATTERNS, *OTHER_PATTERNS]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the client's errors differ by version and transport
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ShortVError(f"{base}: no such folder, and not to be had from the Hub ({reason})") from error
+        raise ShortVError(f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}") from error
+
+
+def split_revision(base: str) -> tuple[str, str | None]:
+    """Id and revision of `owner/name@revision`; the revision may be left out."""
+    repo_id, _, revision = base.partition("@")
+    return repo_id, revision or None
+
+
+def hub_id(folder: Path) -> str | None:
+    """Hub id of a folder in the Hub's cache, `models--OWNER--NAME/snapshots/COMMIT`; of others none."""
+    repository, snapshots, _ = ("", "", "", *folder.absolute().parts)[-3:]
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why the Hub did not do as asked and what to do about it, in one line."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):  # the client's own, as of a card
+        return textwrap.shorten(str(error), 300, placeholder=" ...")
+    causes = [error]  # an answer is often wrapped in what the client was about to do
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None), None)
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "HF_HUB_OFFLINE is set; unset it and run this again"
+    if answer is None:
+        reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+        return f"{reason}; check the connection to the Hub and run this again"
+    status, said = answer.response.status_code, " ".join((answer.server_message or "").split())
+    if isinstance(answer, GatedRepoError):
+        return "it is gated; ask for access on its page, then run this again"
+    if isinstance(answer, RepositoryNotFoundError):
+        return "no such repository, or the token may not see it; check the id, and the token with `hf auth whoami`"
+    if isinstance(answer, RevisionNotFoundError):
+        return "there is no such revision; check its name"
+    if status == 401:
+        return "the token is not accepted; run `hf auth login` or set HF_TOKEN"
+    if status == 403:
+        return f"no permission ({said}); use a token that may write there"
+    if status in (409, 412):
+        return "it is being changed by someone else; run this again"
+    if status == 429:
+        seconds = answer.response.headers.get("Retry-After", "")
+        return f"too many requests; run this again in {f'{seconds} seconds' if seconds.isdigit() else 'a few minutes'}"
+    if status >= 500:
+        return f"the Hub failed with {status} ({said}); run this again"
+    return f"the Hub refused with {status} ({said})"
 
 
 def read_config(folder: Path) -> dict:
@@ -123,8 +225,22 @@ def read_config(folder: Path) -> dict:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     supported = [*MODEL_TYPES, *MODEL_TYPES.values()]
     if model_type not in supported:
-        raise ShortVError(f"{folder}: no LLaVA checkpoint (model_type {model_type!r}; supported: {', '.join(supported)})")
+        known = ", ".join(supported)
+        raise ShortVError(f"{folder}: no LLaVA checkpoint (model_type {model_type!r}; supported: {known})")
     return config
+
+
+def config_object(entries: dict):
+    """The ShortV configuration of a config.json's entries; those of a plain LLaVA have no frozen layers.
+
+    Raises:
+        ValueError: if the layers or scores do not fit the model.
+    """
+    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+
+    model_type = MODEL_TYPES.get(entries["model_type"], entries["model_type"])
+    config_class = next(c for c in (ShortVLlavaConfig, ShortVLlavaNextConfig) if c.model_type == model_type)
+    return config_class.from_dict(json.loads(json.dumps(entries | {"model_type": model_type})))  # reading changes them
 
 
 def package_config(base_config: dict, **settings) -> dict:
@@ -133,16 +249,12 @@ def package_config(base_config: dict, **settings) -> dict:
     Raises:
         ValueError: if the layers or scores do not fit the model.
     """
-    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
-
-    model_type = MODEL_TYPES.get(base_config["model_type"], base_config["model_type"])
-    config_class = next(c for c in (ShortVLlavaConfig, ShortVLlavaNextConfig) if c.model_type == model_type)
-    entries = base_config | settings | {"model_type": model_type}
-    config = config_class.from_dict(json.loads(json.dumps(entries)))  # checks; reading changes the entries
-    own = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers", "lc_scores", "calibration", "auto_map")
+    entries = base_config | settings
+    config = config_object(entries)
     return (
         entries
-        | {key: getattr(config, key) for key in own}
+        | {"model_type": config.model_type}
+        | {key: getattr(config, key) for key in OWN_KEYS}
         | {"architectures": [config.auto_map["AutoModel"].split(".")[-1]]}
     )
 
@@ -158,7 +270,7 @@ def check_output(output: Path, overwrite: bool, base: Path | None = None) -> Non
         raise ShortVError(f"{output}: the output is the base itself; give another folder")
     if output.exists() and not output.is_dir():
         raise ShortVError(f"{output}: is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != JOURNAL for path in output.iterdir()):
         try:
             is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
         except ShortVError:
@@ -199,44 +311,97 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_package(base: Path, output: Path, overwrite: bool = False, **settings) -> None:
+def write_package(
+    base: Path,
+    output: Path,
+    overwrite: bool = False,
+    *,
+    weights: bool = True,
+    base_model: str | None = None,
+    vision_tower: str | None = None,
+    **settings,
+) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
+
+    Args:
+        base: a checkpoint in the Hugging Face layout, or in the original LLaVA layout, which is converted.
+        weights: whether the package holds them; if not, they are copied from the base when it is pushed.
+        base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
+        vision_tower: of an original checkpoint, as for [`find_checkpoint`].
 
     Raises:
         ShortVError: if the base is no LLaVA checkpoint with weights, or the output must not be written.
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
-    config = package_config(read_config(base), **settings)
+    from shortv_llava.conversion import is_original, read_json
+    from shortv_llava.model_card import base_metadata, write_card
+
+    original = is_original(base)
+    if original and not weights:
+        raise ShortVError(f"{base}: its layout is LLaVA's own, whose weights are converted; leave out --no-weights")
+    if original:  # the layers are checked before the long work
+        known = read_json(base / "config.json")
+        text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
+        package_config({"model_type": "llava", "text_config": text_config}, **settings)
+    else:
+        config = package_config(read_config(base), **settings)
     check_output(output, overwrite, base)
-    weights = matching(base, WEIGHT_PATTERNS)
-    if not weights:
+    weight_files = matching(base, WEIGHT_PATTERNS)
+    if weights and not weight_files:
         raise ShortVError(f"{base}: there are no weight files ({', '.join(WEIGHT_PATTERNS)}) in it")
     with replacing(output) as staging:
-        for path in weights:
-            link_or_copy(path, staging / path.name)
-        for path in matching(base, OTHER_PATTERNS):
+        if original:
+            convert_original(base, staging, vision_tower)
+            config = package_config(read_config(staging), **settings)
+        else:
+            for path in weight_files if weights else ():
+                link_or_copy(path, staging / path.name)
+        for path in matching(base, TERMS_PATTERNS if original else (*INDEX_PATTERNS, *OTHER_PATTERNS)):
             shutil.copyfile(path, staging / path.name)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent / name, staging / name)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        metadata = base_metadata(base, base_model)
+        write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+
+
+def convert_original(source: Path, output: Path, vision_tower: str | None) -> None:
+    """Convert an original LLaVA checkpoint into a folder of the caller's own."""
+    from shortv_llava.conversion import convert
+
+    for note in convert(source, output, vision_tower):
+        logger.warning(note)
 
 
 def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def load_model(folder: Path, **kwargs):
+def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = False, **kwargs):
     """The ShortV model of a checkpoint or package folder; a plain LLaVA has no frozen layers.
 
     Args:
+        load_in_4bit, load_in_8bit: quantise the language model through bitsandbytes, as the original code does.
         kwargs: of `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
-        ShortVError: if the folder is none of the kind, or tensors are missing or left over.
+        ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
     """
+    from transformers import BitsAndBytesConfig
+
     from shortv_llava import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 
+    if load_in_4bit or load_in_8bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ShortVError("4-bit and 8-bit loading need bitsandbytes: pip install bitsandbytes")
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        )
     is_next = "next" in read_config(folder)["model_type"]
     model_class = ShortVLlavaNextForConditionalGeneration if is_next else ShortVLlavaForConditionalGeneration
     config = model_class.config_class.from_pretrained(folder)

@@ -5,6 +5,10 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 
+# What lmms-eval puts behind a question of GQA, and in place of one for Flickr30K.
+SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+
 # Vicuna's conversation with LLaVA's images. Unlike the templates of the llava-hf repositories it has the system
 # sentence and ends each answer with the end token, as in training.
 VICUNA_CHAT_TEMPLATE = (

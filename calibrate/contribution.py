@@ -67,7 +67,7 @@ def contributions(
         last = _last_positions(inputs, stack)
         unread = torch.ones_like(sets[0]).scatter(1, last[:, None].to(sets[0].device), False)
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
-            original = stack[:batch]
+            before = stack[:batch]
             with _weights_in_place(layer):
                 # Of the last layer's outputs only those of the last positions are read.
                 final = unread if index == len(decoder.layers) - 1 else None
@@ -75,16 +75,16 @@ def contributions(
                 variants = []
                 for frozen in sets:
                     if granularity == "layer":
-                        mask = frozen.unsqueeze(-1).to(outputs.device)
-                        variants.append(torch.where(mask, original.to(outputs.device), outputs[:batch]))
+                        kept = [before.to(outputs.device)]
                     else:
-                        for blocks in ("attention", "ffn"):
-                            variants.append(_run(layer, original, call, batch, budget, frozen, (blocks,)))
+                        kept = [_run(layer, before, call, batch, budget, frozen, (name,)) for name in ("attention", "ffn")]
+                    mask = frozen.unsqueeze(-1).to(outputs.device)
+                    variants += [torch.where(mask, states, outputs[:batch]) for states in kept]
             stack = torch.cat([outputs, *variants])
     rows = torch.arange(batch, device=stack.device)
     states = stack.unflatten(0, (-1, batch))[:, rows, last.to(stack.device)]
     logits = model.lm_head(decoder.norm(states))
-    scores = _divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, B)
+    scores = divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, B)
     # Equal states mean equal distributions, however a matrix product rounds their rows.
     scores = scores.masked_fill((states[1:] == states[0]).all(dim=-1), 0)
     scores = scores.view(len(decoder.layers), len(sets), -1, batch)
@@ -129,7 +129,7 @@ def dense(model) -> Iterator[None]:
         config.set_replaced_layers(*before)
 
 
-def _divergence(original: torch.Tensor, variants: torch.Tensor, direction: Direction) -> torch.Tensor:
+def divergence(original: torch.Tensor, variants: torch.Tensor, direction: Direction) -> torch.Tensor:
     """KL between logits (B, vocabulary) and (variants, B, vocabulary), in float64: (variants, B)."""
     p, q = original.double().log_softmax(-1), variants.double().log_softmax(-1)
     if direction == "release":

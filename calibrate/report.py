@@ -1,19 +1,120 @@
-"""What a calibration found, for people."""
+"""What a calibration found, for people: tables and pictures."""
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
+from shortv_llava.calibrate.cost import Cost
 
-def score_table(scores: Sequence[float], chosen: Collection[int]) -> Table:
-    """A row a layer: its LC score, a bar for the score, and whether the layer is replaced."""
-    table = Table(title="Layer Contribution of visual tokens")
-    table.add_column("layer", justify="right")
-    table.add_column("LC score", justify="right")
-    table.add_column("")
-    table.add_column("replaced", justify="center")
-    highest = max(scores) or 1
-    for layer, score in enumerate(scores):
-        bar = "█" * round(24 * score / highest)
-        table.add_row(str(layer), f"{score:.3e}", bar, "yes" if layer in chosen else "")
+
+def _bar(score: float, highest: float) -> str:
+    """A bar that spans four decades below the highest score."""
+    if score <= 0:
+        return ""
+    return "█" * max(1, round(24 + 6 * math.log10(score / highest)))
+
+
+def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]], shares: Sequence[float]) -> Table:
+    """A row a layer: its LC scores, a bar for the visual one (log scale), what is frozen, and how sure that is.
+
+    Args:
+        scores: LC score of every layer for each set of tokens.
+        frozen: the configuration's three lists.
+        shares: of bootstrap resamples that choose each unit.
+    """
+    table = Table(title="Layer Contribution", title_justify="left")
+    for column in ("layer", *(f"{tokens} LC" for tokens in scores)):
+        table.add_column(column, justify="right")
+    table.add_column("log scale")
+    table.add_column("frozen")
+    table.add_column("in resamples", justify="right")
+    names = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
+    first = next(iter(scores.values()))
+    for layer, score in enumerate(first):
+        cells = [f"{values[layer]:.3e}" for values in scores.values()]
+        what = ", ".join(names[key] for key, layers in frozen.items() if layer in layers)
+        share = " / ".join(f"{share:.0%}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
+        table.add_row(str(layer), *cells, _bar(score, max(first)), what, share)
     return table
+
+
+def unsettled(shares: Sequence[float]) -> list[int]:
+    """Units that between 5% and 95% of the resamples choose."""
+    return [unit for unit, share in enumerate(shares) if 0.05 < share < 0.95]
+
+
+def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int = 2) -> Table:
+    """Measured cost for numbers of frozen units near the chosen one.
+
+    Args:
+        curve: entries with `number`, `flops_ratio` and `cost`, by number.
+        chosen: index into `curve`.
+    """
+    table = Table(title=f"Cost of {granularity}s frozen together, on samples not used for choosing", title_justify="left")
+    for column in ("frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"):
+        table.add_column(column, justify="right")
+    for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
+        cost: Cost = curve[index]["cost"]
+        table.add_row(
+            f"{curve[index]['number']}",
+            f"{curve[index]['flops_ratio']:.3f}",
+            f"{cost.kl:.4f}",
+            f"{cost.kl_interval:.4f}",
+            f"{cost.agreement:.0%}",
+            "" if cost.nll_change is None else f"{cost.nll_change:+.4f}",
+            style="bold" if index == chosen else None,
+        )
+    return table
+
+
+def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]) -> None:
+    """The paper's Figure 3: LC of every layer for each set of tokens, log scale, the replaced layers marked."""
+    figure, axes = _figure()
+    for (tokens, values), marker in zip(scores.items(), "os^"):
+        axes.plot(range(len(values)), [value or math.nan for value in values], f"-{marker}", label=f"{tokens} tokens", ms=5)
+    visual = next(iter(scores.values()))
+    names = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
+    for (key, name), color in zip(names.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
+        for index, layer in enumerate(frozen[key]):
+            label = f"{name} frozen" if index == 0 else None
+            axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)
+    axes.set(yscale="log", xlabel="layer", ylabel="Layer Contribution (KL, nats)", xlim=(-0.5, len(visual) - 0.5))
+    _save(figure, axes, path)
+
+
+def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
+    """FLOPs ratio against divergence for every number of frozen units, the choice marked.
+
+    Args:
+        candidates: [`Candidate`]s by granularity.
+        taken: the one of them that was chosen.
+    """
+    figure, axes = _figure()
+    for (name, candidate), marker in zip(candidates.items(), "os"):
+        points = [(entry["flops_ratio"], entry["cost"].kl) for entry in candidate.curve if entry["cost"].kl > 0]
+        if points:
+            axes.plot(*zip(*points), f"-{marker}", label=f"{name}s", ms=4)
+    axes.plot([taken.chosen["flops_ratio"]], [taken.chosen["cost"].kl], "*", color="black", ms=14, label="chosen")
+    axes.set(yscale="log", xlabel="FLOPs of the prefill, of the dense model's", ylabel="KL to the dense model (nats)")
+    axes.invert_xaxis()
+    _save(figure, axes, path)
+
+
+def _figure():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(7, 4), layout="constrained", facecolor="white")  # white: read on dark pages too
+
+
+def _save(figure, axes, path: Path) -> None:
+    from matplotlib import pyplot
+
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
+    pyplot.close(figure)

@@ -2,24 +2,100 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import open_image
-from shortv_llava.prompts import VICUNA_SYSTEM
+from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, VICUNA_SYSTEM
 
-EMBEDDED = "shapes"
+GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
+SHUFFLE_BUFFER = 200  # pictures; what a draw from a streamed table downloads beyond its own
 
 
 class Sample(NamedTuple):
     """A question about a picture; `answer` is empty where none is known."""
 
     id: str
-    image: Path
+    image: Path | Image.Image
     question: str
     answer: str = ""
+
+
+def load_samples(sources: Sequence[str], images: Path | None, number: int, seed: int) -> list[Sample]:
+    """`number` samples at random from each source, the same for the same seed.
+
+    Args:
+        sources: `gqa`, `flickr30k`, `shapes` (the embedded set), or a file of questions in LLaVA's format.
+        images: the folder of the pictures that question files name.
+
+    Raises:
+        ShortVError: if a source cannot be read or holds fewer samples.
+    """
+    named = {"gqa": gqa_samples, "flickr30k": flickr30k_samples}
+    samples = []
+    for source in sources:
+        if source in named:
+            found = named[source](number, seed)
+        elif source == "shapes":
+            found = embedded_samples()
+        elif images is None:
+            raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
+        else:
+            found = read_questions(Path(source), images)
+        name = source if source in (*named, "shapes") else Path(source).name
+        samples += [sample._replace(id=f"{name}/{sample.id}") for sample in draw(found, number, seed, name)]
+    return samples
+
+
+def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:
+    """Samples of GQA's balanced testdev split: all questions are read, pictures until those of the draw are found."""
+    questions = list(_stream(repository, "testdev_balanced_instructions", "testdev"))
+    drawn = random.Random(seed).sample(questions, min(number, len(questions)))
+    wanted, pictures = {row["imageId"] for row in drawn}, {}
+    for row in _stream(repository, "testdev_balanced_images", "testdev"):
+        if row["id"] in wanted:
+            pictures[row["id"]] = row["image"]
+        if len(pictures) == len(wanted):
+            break
+    for row in drawn:
+        if row["imageId"] not in pictures:
+            raise ShortVError(f"{repository}: question {row['id']} names picture {row['imageId']}, which is not there")
+    return [
+        Sample(row["id"], pictures[row["imageId"]], f"{row['question']}\n{SHORT_ANSWER_PROMPT}", row["answer"])
+        for row in drawn
+    ]
+
+
+def flickr30k_samples(number: int, seed: int, repository: str = FLICKR30K) -> list[Sample]:
+    """Samples of Flickr30K's test split, shuffled as they stream in."""
+    rows = _stream(repository, None, "test", shuffle_seed=seed, take=number)
+    return [Sample(str(row["img_id"]), row["image"], CAPTION_PROMPT, row["caption"][0]) for row in rows]
+
+
+def _stream(repository: str, name: str | None, split: str, shuffle_seed=None, take=None) -> Iterable[dict]:
+    """Rows of a table on the Hub or in a local folder, as they come.
+
+    Raises:
+        ShortVError: if the datasets library is missing or the table cannot be had.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ShortVError(f"{repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'") from error
+    try:
+        rows = load_dataset(repository, name, split=split, streaming=True)
+        if shuffle_seed is not None:
+            rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+        yield from rows if take is None else rows.take(take)
+    except Exception as error:  # of many libraries below: network, formats, missing splits
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ShortVError(
+            f"{repository}: cannot be read ({reason}); check the connection, or give --data FILE.jsonl --images DIR"
+        ) from error
 
 
 def read_questions(path: Path, images: Path) -> list[Sample]:
@@ -66,15 +142,15 @@ def embedded_samples() -> list[Sample]:
     return read_questions(folder / "questions.jsonl", folder / "images")
 
 
-def draw(samples: Sequence[Sample], number: int, seed: int) -> list[Sample]:
-    """`number` of the samples at random, the same for the same seed.
+def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the data") -> list[Sample]:
+    """`number` of the samples at random, the same for the same seed; a larger draw begins with a smaller one.
 
     Raises:
         ShortVError: if there are fewer.
     """
     if number > len(samples):
-        raise ShortVError(f"{number} samples were asked for, there are {len(samples)}; lower --samples")
-    return random.Random(seed).sample(list(samples), number)
+        raise ShortVError(f"{number} samples were asked for, {name} holds {len(samples)}; lower --samples or --held-out")
+    return random.Random(seed).sample(list(samples), len(samples))[:number]
 
 
 def make_prompt(processor, question: str, num_images: int = 1) -> str:
@@ -87,11 +163,12 @@ def make_prompt(processor, question: str, num_images: int = 1) -> str:
     return f"{VICUNA_SYSTEM} {prompt}" if prompt.startswith("USER:") else prompt
 
 
-def make_inputs(processor, samples: Sequence[Sample]):
-    """Model inputs (a processor's output, on the CPU) for a batch of samples."""
+def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):
+    """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`."""
+    prompts = [make_prompt(processor, sample.question) for sample in samples]
     return processor(
-        text=[make_prompt(processor, sample.question) for sample in samples],
-        images=[open_image(sample.image) for sample in samples],
+        text=[f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
+        images=[s.image.convert("RGB") if isinstance(s.image, Image.Image) else open_image(s.image) for s in samples],
         padding=True,
         return_tensors="pt",
     )

@@ -1,6 +1,16 @@
-"""From scores to layers."""
+"""From scores to what is frozen.
 
-from collections.abc import Sequence
+A unit is what is frozen at a time: a layer (units 0 to L - 1), or with granularity `block` an attention block (unit i
+for layer i) or an FFN block (unit L + i). A strategy puts units in order of replacement; a budget says how many.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from shortv_llava.calibrate.contribution import Granularity
+from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, prefill_flops
 
 DEFAULT_FRACTION = 0.6  # of the layers are replaced: 19 of 32 and 24 of 40, as published
 
@@ -9,6 +19,93 @@ def number_of_layers(num_layers: int, fraction: float = DEFAULT_FRACTION) -> int
     return round(fraction * num_layers)
 
 
-def lowest(scores: Sequence[float], number: int) -> list[int]:
-    """Ids of the `number` layers of lowest score, ascending by score; of equal ones the deeper first."""
-    return sorted(range(len(scores)), key=lambda layer: (scores[layer], -layer))[:number]
+def lowest(scores: Sequence[float], number: int | None = None) -> list[int]:
+    """Ids of the `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
+    return sorted(range(len(scores)), key=lambda unit: (scores[unit], -unit))[:number]
+
+
+class Units:
+    """The units of one model, and what freezing them saves for a prompt of the paper's length.
+
+    Args:
+        config: a ShortV configuration.
+        granularity: whether a unit is a layer or a block.
+    """
+
+    def __init__(self, config, granularity: Granularity):
+        self.text_config, self.granularity = config.text_config, granularity
+        self.num_layers = config.text_config.num_hidden_layers
+        self.tokens = TEXT_TOKENS, image_tokens(config)
+
+    def __len__(self) -> int:
+        return self.num_layers * (2 if self.granularity == "block" else 1)
+
+    def saved(self, unit: int) -> int:
+        """Operations saved by freezing the unit."""
+        blocks = block_flops(self.text_config, *self.tokens)
+        attention, ffn = blocks.attention - blocks.frozen_attention, blocks.ffn - blocks.frozen_ffn
+        if self.granularity == "layer":
+            return attention + ffn
+        return attention if unit < self.num_layers else ffn
+
+    def frozen(self, units: Sequence[int]) -> dict[str, list[int]]:
+        """The configuration's three lists; a layer with both blocks frozen is a replaced one."""
+        attention = [unit for unit in units if unit < self.num_layers]
+        ffn = attention if self.granularity == "layer" else [unit - self.num_layers for unit in units if unit not in attention]
+        return {
+            "replaced_layers": [layer for layer in attention if layer in ffn],
+            "replaced_attention_layers": [layer for layer in attention if layer not in ffn],
+            "replaced_ffn_layers": [layer for layer in ffn if layer not in attention],
+        }
+
+    def ratio(self, units: Sequence[int]) -> float:
+        """FLOPs ratio r of the model with these units frozen."""
+        lists = self.frozen(units)
+        both = lists["replaced_layers"]
+        attention, ffn = both + lists["replaced_attention_layers"], both + lists["replaced_ffn_layers"]
+        return prefill_flops(self.text_config, *self.tokens, attention, ffn) / prefill_flops(self.text_config, *self.tokens)
+
+    def reaching(self, order: Sequence[int], ratio: float) -> int:
+        """How many units of `order` bring the FLOPs ratio down to `ratio`; all if none do."""
+        for number in range(len(order) + 1):
+            if self.ratio(order[:number]) <= ratio + 1e-9:
+                return number
+        return len(order)
+
+    def order_by(self, scores: Sequence[float]) -> list[int]:
+        """Ascending by score per operation saved."""
+        return lowest([score / self.saved(unit) for unit, score in enumerate(scores)])
+
+    def order_greedily(self, divergence: Callable[[tuple[int, ...]], float]) -> list[int]:
+        """Add, again and again, the unit that adds least `divergence` (of units frozen together) per operation saved."""
+        order, reached = [], 0.0
+        while len(order) < len(self):
+            found = {unit: divergence((*order, unit)) for unit in range(len(self)) if unit not in order}
+            best = min(found, key=lambda unit: ((found[unit] - reached) / self.saved(unit), -unit))
+            order.append(best)
+            reached = found[best]
+        return order
+
+    def order_at_random(self, seed: int) -> list[int]:
+        return random.Random(seed).sample(range(len(self)), len(self))
+
+
+def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int, resamples: int = 1000):
+    """How sure a choice by LC is: resample the samples and choose again.
+
+    Args:
+        scores: `(samples, units)`.
+        number: of units chosen.
+        saved: operations saved by each unit.
+
+    Returns:
+        The 95% interval of every unit's mean score, `(units, 2)`, and the share of resamples that choose it, `(units,)`.
+    """
+    generator = np.random.default_rng(seed)
+    means = np.stack(
+        [scores[generator.integers(len(scores), size=len(scores))].mean(axis=0) for _ in range(resamples)]
+    )
+    chosen = np.zeros(scores.shape[1])
+    for row in means / np.asarray(saved):
+        chosen[lowest(row.tolist(), number)] += 1
+    return np.quantile(means, [0.025, 0.975], axis=0).T, chosen / resamples

@@ -20,6 +20,7 @@ from shortv_llava.calibrate.selection import lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.flops import flops_ratio
 from shortv_llava.package import load_model, load_processor
+from shortv_llava.prompts import CAPTION_PROMPT
 
 BATCH = 50
 
@@ -54,7 +55,7 @@ def accuracy(model, processor, questions: Sequence[tuple[shapes.Scene, shapes.Qu
 
 def caption_accuracy(model, processor, scenes: Sequence[shapes.Scene]) -> float:
     """Percentage of captions that name every object, in reading order."""
-    given = answers(model, processor, [(scene, shapes.CAPTION_PROMPT) for scene in scenes], 48)
+    given = answers(model, processor, [(scene, CAPTION_PROMPT) for scene in scenes], 48)
     return 100 * statistics.mean(text == shapes.caption(scene) for text, scene in zip(given, scenes))
 
 

@@ -26,7 +26,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 KINDS = ("existence", "color", "shape", "count", "position")
 MAX_OBJECTS = 5
-CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Question:
     answer: str
 
 
-def make_scene(rng: random.Random) -> Scene:
+def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
     """Draw a scene. Colours and shapes come from a pool of three each, so that counts above one are common."""
     colors, shapes = rng.sample(list(COLORS), 3), rng.sample(SHAPES, 3)
     pairs = [(color, shape) for color in colors for shape in shapes]
-    number = rng.randint(1, MAX_OBJECTS)
+    number = rng.randint(1, max_objects)
     objects = []
     for cell, (color, shape) in zip(sorted(rng.sample(range(9), number)), rng.sample(pairs, number)):
         row, column = divmod(cell, 3)
@@ -113,8 +112,17 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(scale)
 
 
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
+
+
+def _name(item: ColoredShape, about: str) -> str:
+    """What an object is called by its `color`, its `shape` or `both`."""
+    return {"color": f"{item.color} object", "shape": item.shape, "both": item.name}[about]
+
+
 def caption(scene: Scene) -> str:
-    names = [f"{'an' if item.color[0] in 'aeiou' else 'a'} {item.name}" for item in scene.objects]
+    names = [f"{_article(item.name)} {item.name}" for item in scene.objects]
     listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return listed.capitalize() + "."
 
@@ -123,18 +131,20 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     """A question of one of KINDS with a short answer, or None where the scene allows no unambiguous one."""
     item = rng.choice(scene.objects)
     if kind == "existence":
-        present = {other.name for other in scene.objects}
+        about = rng.choice(("color", "shape", "both"))
+        present = {_name(other, about) for other in scene.objects}
         if rng.random() < 0.5:
-            name = item.name
+            name = _name(item, about)
         else:
-            near = [f"{a.color} {b.shape}" for a in scene.objects for b in scene.objects]
-            anything = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-            absent = [name for name in rng.choice((near, anything)) if name not in present]
+            pairs = [(a.color, b.shape) for a in scene.objects for b in scene.objects]  # both there, not as one
+            if about != "both" or rng.random() < 0.5:
+                pairs = [(color, shape) for color in COLORS for shape in SHAPES]
+            names = [_name(ColoredShape(color, shape, 0, (0, 0), 0), about) for color, shape in pairs]
+            absent = [name for name in names if name not in present]
             if not absent:
                 return None
             name = rng.choice(absent)
-        article = "an" if name[0] in "aeiou" else "a"
-        return Question(kind, f"Is there {article} {name}?", "yes" if name in present else "no")
+        return Question(kind, f"Is there {_article(name)} {name}?", "yes" if name in present else "no")
     if kind == "color":
         return Question(kind, f"What color is the {item.shape}?", item.color) if scene.count(item.shape) == 1 else None
     if kind == "shape":
@@ -155,11 +165,11 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
-    """`number` different questions, or as many as the scene allows, of kinds drawn at random."""
+def ask_several(scene: Scene, number: int, rng: random.Random, weights=(1, 1, 1, 1, 1)) -> list[Question]:
+    """`number` different questions, or as many as the scene allows, of kinds drawn at random by `weights`."""
     asked: dict[str, Question] = {}
     for _ in range(5 * number):
-        question = ask(scene, rng.choice(KINDS), rng)
+        question = ask(scene, rng.choices(KINDS, weights)[0], rng)
         if question is not None:
             asked.setdefault(question.text, question)
         if len(asked) == number:

@@ -11,6 +11,7 @@ import os
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import typer
@@ -30,17 +31,34 @@ from transformers import (
 )
 
 from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
+from shortv_llava.prompts import CAPTION_PROMPT, VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
 WARM_UP = {"steps": 1500, "batch": 96, "lr": 1e-3}
-TRAINING = {"batch": 24, "turns": 6, "lr": 1e-3}
+LR = 1e-3
+
+
+class Stage(NamedTuple):
+    """A part of the training, with a learning rate schedule of its own."""
+
+    steps: int
+    batch: int
+    turns: int  # questions about a picture
+    max_objects: int
+    weights: tuple[int, ...]  # how often each of shapes.KINDS is asked
+
+
+STAGES = {
+    "first": Stage(2400, 24, 6, shapes.MAX_OBJECTS, (1, 1, 1, 1, 1)),
+    "few objects": Stage(700, 16, 8, 2, (4, 1, 1, 1, 2)),  # existence is learnt where there is little to search
+    "second": Stage(1900, 16, 10, shapes.MAX_OBJECTS, (2, 1, 1, 1, 2)),
+}
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt on the questions, with Llama's special tokens and LLaVA's two after them."""
-    corpus = [VICUNA_SYSTEM, "USER: \n ASSISTANT:", shapes.CAPTION_PROMPT]
+    corpus = [VICUNA_SYSTEM, "USER: \n ASSISTANT:", CAPTION_PROMPT]
     for index in range(2000):
         rng = random.Random(f"tokenizer/{index}")
         scene = shapes.make_scene(rng)
@@ -144,10 +162,11 @@ class Conversations:
         self.encode = lru_cache(maxsize=None)(lambda text: tuple(self.tokenizer.encode(text, add_special_tokens=False)))
         self.image_tokens = image_tokens
 
-    def turns(self, scene: shapes.Scene, rng: random.Random) -> list[tuple[str, str]]:
-        turns = [(question.text, question.answer) for question in shapes.ask_several(scene, TRAINING["turns"], rng)]
+    def turns(self, scene: shapes.Scene, stage: Stage, rng: random.Random) -> list[tuple[str, str]]:
+        asked = shapes.ask_several(scene, stage.turns, rng, stage.weights)
+        turns = [(question.text, question.answer) for question in asked]
         if rng.random() < 0.25:
-            turns[rng.randrange(len(turns))] = (shapes.CAPTION_PROMPT, shapes.caption(scene))
+            turns[rng.randrange(len(turns))] = (CAPTION_PROMPT, shapes.caption(scene))
         return turns
 
     def tokens(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
@@ -165,10 +184,11 @@ class Conversations:
             add(f" {answer}{EOS}", learn=True)
         return ids, labels
 
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(f"training/{step}")
-        scenes = [shapes.make_scene(rng) for _ in range(TRAINING["batch"])]
-        rows = [self.tokens(self.turns(scene, rng)) for scene in scenes]
+    def batch(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """Inputs and labels of a step of the stage of that name."""
+        rng, stage = random.Random(f"{name}/{step}"), STAGES[name]
+        scenes = [shapes.make_scene(rng, stage.max_objects) for _ in range(stage.batch)]
+        rows = [self.tokens(self.turns(scene, stage, rng)) for scene in scenes]
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         return {
@@ -255,8 +275,8 @@ def save_samples(folder: Path, number: int = 60) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def train(work: Path = Path("training"), output: Path = CHECKPOINT, steps: int = 5000, seed: int = 0) -> None:
-    """Train the checkpoint (two hours on two cores); state is kept in WORK, the result written to OUTPUT."""
+def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 0) -> None:
+    """Train the checkpoint (about 80 minutes on two cores); state is kept in WORK, the result written to OUTPUT."""
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
@@ -280,7 +300,8 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, steps: int =
 
     conversations = Conversations(processor, model.config.image_seq_length)
     whole = nn.ModuleDict({"model": model})
-    run("training", whole, lambda step: model(**conversations.batch(step)).loss, steps, TRAINING["lr"], work)
+    for name, stage in STAGES.items():
+        run(name, whole, lambda step, name=name: model(**conversations.batch(name, step)).loss, stage.steps, LR, work)
     save(model, processor, output)
     save_samples(output.parent / "samples")
 

@@ -13,7 +13,7 @@ from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.package import write_package
 
 logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models; two threads on two busy cores wait for each other
 
 REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
 

@@ -1,0 +1,75 @@
+"""What freezing costs: the model with layers or blocks frozen together against the dense model."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from shortv_llava.calibrate.contribution import Direction, divergence, dense
+from shortv_llava.calibrate.samples import Sample, make_inputs
+
+
+class Cost(NamedTuple):
+    """Means over samples."""
+
+    kl: float  # divergence of the next-token distributions at the prompt's end, nats
+    kl_interval: float  # half the width of its 95% interval
+    agreement: float  # share of samples with the dense model's most likely next token
+    nll_change: float | None  # of the answer, nats a token; None where no sample has an answer
+
+
+class CostMeter:
+    """Measures frozen configurations of one model on a fixed set of samples; the dense model runs once.
+
+    Args:
+        model: a ShortV model.
+        samples: prompts, and answers where known.
+        direction: of the divergence, as for the scores.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, processor, samples: Sequence[Sample], direction: Direction = "release"):
+        self.model, self.direction, self.prompts = model, direction, []
+        for sample in samples:
+            prompt = make_inputs(processor, [sample])
+            inputs, length = prompt, prompt["input_ids"].shape[1]
+            if sample.answer:
+                answered = make_inputs(processor, [sample], answered=True)
+                if torch.equal(answered["input_ids"][:, :length], prompt["input_ids"]):
+                    inputs = answered
+            inputs = inputs.to(model.device)
+            with dense(model):
+                self.prompts.append((inputs, length, *self._read(inputs, length)))
+
+    def _read(self, inputs, length: int) -> tuple[torch.Tensor, float | None]:
+        """Logits (vocabulary,) at the prompt's end, and the answer's negative log-likelihood a token."""
+        logits = self.model(**inputs, use_cache=False).logits[0, length - 1 :]
+        answer = inputs["input_ids"][0, length:]
+        if not len(answer):
+            return logits[0], None
+        log_probabilities = logits[:-1].double().log_softmax(-1)
+        return logits[0].clone(), -log_probabilities.gather(1, answer[:, None]).mean().item()
+
+    @torch.no_grad()
+    def measure(self, frozen: dict[str, list[int]]) -> Cost:
+        """Cost of freezing, `frozen` as in the configuration: lists by name."""
+        divergences, agreed, changes = [], [], []
+        with dense(self.model):
+            self.model.set_replaced_layers(
+                frozen["replaced_layers"], frozen["replaced_attention_layers"], frozen["replaced_ffn_layers"]
+            )
+            for inputs, length, logits, nll in self.prompts:
+                now, nll_now = self._read(inputs, length)
+                divergences.append(divergence(logits[None], now[None, None], self.direction).item())
+                agreed.append(bool(now.argmax() == logits.argmax()))
+                if nll is not None:
+                    changes.append(nll_now - nll)
+        spread = statistics.stdev(divergences) if len(divergences) > 1 else 0.0
+        return Cost(
+            kl=statistics.mean(divergences),
+            kl_interval=1.96 * spread / math.sqrt(len(divergences)),
+            agreement=statistics.mean(agreed),
+            nll_change=statistics.mean(changes) if changes else None,
+        )

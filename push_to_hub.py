@@ -1,0 +1,411 @@
+"""Package folders to the Hub: checked first, then one commit that changes the repository whole or not at all."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+
+from shortv_llava.conversion import first_line, is_original, open_shard, read_json, weight_files
+from shortv_llava.errors import ShortVError
+from shortv_llava.model_card import is_edited, make_card, read_card
+from shortv_llava.package import (
+    CARD_FILE,
+    CODE_FILES,
+    INDEX_PATTERNS,
+    MODEL_TYPES,
+    OWN_KEYS,
+    WEIGHT_PATTERNS,
+    hub_reason,
+    load_model,
+    load_processor,
+    matching,
+    package_config,
+    read_config,
+    split_revision,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Change(NamedTuple):
+    """What a commit does to one file: `add`, `update`, `copy` or `delete`; `size` in bytes, of the file there."""
+
+    action: str
+    path: str
+    size: int
+
+
+class Pushed(NamedTuple):
+    """What a push did, or would do. `url` is the commit's or pull request's; None if there is none."""
+
+    changes: list[Change]
+    url: str | None
+
+
+class Remote(NamedTuple):
+    """A repository at a revision. Where there is no repository, it has no commit; a new branch starts from main."""
+
+    commit: str | None
+    private: bool
+    has_revision: bool
+    files: dict[str, RepoFile]
+
+
+class Source(NamedTuple):
+    """The repository that the Hub copies weights from."""
+
+    repo_id: str
+    commit: str
+    files: dict[str, RepoFile]
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    license: str | None = None,
+    weights_from: str | None = None,
+    dry_run: bool = False,
+) -> Pushed:
+    """Make the repository hold what the package `folder` holds, in one commit; none if it does already.
+
+    Files that only the repository has are left alone, but for weights, which would be loaded in place of the new ones.
+
+    Args:
+        private: make a new repository private.
+        revision: branch to commit to; made from main if there is none.
+        create_pr: open a pull request instead.
+        message: first line of the commit.
+        license: of the weights, where the base model does not tell.
+        weights_from: `owner/name` or `owner/name@revision` to have the Hub copy the weight files from.
+        dry_run: change nothing, only say what would be done.
+
+    Raises:
+        ShortVError: if the folder is no complete package, or the Hub does not do its part. The repository is as before.
+    """
+    _check_target(repo_id, dry_run)
+    config = check_package(folder, with_weights=weights_from is None)
+    api = HfApi()
+    with _hub_errors(repo_id):
+        remote = _remote(api, repo_id, revision)
+    if private and remote.commit and not remote.private:
+        raise ShortVError(f"{repo_id}: is public already; make it private in its settings, or leave out --private")
+    source = _source(api, weights_from, folder, config) if weights_from else None
+    card = _card(folder, repo_id, remote, license, source)
+    operations = list(_operations(folder, card, remote, source))
+    changes = [_change(operation, remote, source) for operation in operations]
+    if dry_run:
+        return Pushed(changes, None)
+    with _hub_errors(repo_id):
+        if remote.commit is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if not create_pr and not remote.has_revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not operations:
+        return Pushed([], None)
+    frozen = len(config["replaced_layers"])
+    settings = {
+        "commit_message": message or f"ShortV package, {frozen} layers replaced",
+        "revision": revision,
+        "create_pr": create_pr,
+        "parent_commit": remote.commit,  # the commit fails if another one came between
+    }
+    info = _commit(api, repo_id, operations, source, settings)
+    if source:
+        _compare_weights(api, repo_id, info.pr_revision if create_pr else info.oid, source)
+    return Pushed(changes, info.pr_url if create_pr else info.commit_url)
+
+
+# The folder
+
+
+def check_package(folder: Path, with_weights: bool = True) -> dict:
+    """The config.json of a package folder that is fit to be published.
+
+    Raises:
+        ShortVError: if it is no package, or something in it is missing, damaged or does not fit.
+    """
+    config = read_config(folder)
+    if config["model_type"] not in MODEL_TYPES.values():
+        raise ShortVError(f"{folder}: is a plain LLaVA checkpoint; make a package of it with shortv package")
+    try:
+        complete = package_config(config)
+    except Exception as error:  # a nonsensical entry fails in ways that differ by version
+        raise ShortVError(f"{folder}: its config.json is not a package's ({first_line(error)})") from error
+    wrong = [key for key in (*OWN_KEYS, "architectures") if config.get(key, "") != complete[key]]
+    if wrong:
+        raise ShortVError(f"{folder}: config.json lacks the right {', '.join(wrong)}; make the package again")
+    for name in CODE_FILES:
+        if not (folder / name).is_file():
+            raise ShortVError(f"{folder}: {name} is missing; make the package again")
+        if (folder / name).read_bytes() != (Path(__file__).parent / name).read_bytes():
+            logger.warning(f"{folder}: {name} differs from this version's; it is published as it is")
+    with _quiet():
+        if with_weights:
+            _check_weights(folder)
+        try:
+            load_processor(folder)
+        except Exception as error:  # broken files fail in ways that differ by version
+            logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    if not matching(folder, WEIGHT_PATTERNS):
+        raise ShortVError(f"{folder}: holds no weights; name the base model to copy them from with --weights-from")
+    for path in weight_files(folder):
+        with open_shard(path) as tensors:  # reads headers, which must fit the file's size
+            if not tensors:
+                raise ShortVError(f"{path}: holds no tensors; get the file again")
+    try:
+        load_model(folder, device_map="meta")
+    except ShortVError:
+        raise
+    except Exception as error:  # tensors of other shapes fail in ways that differ by version
+        raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and reports of transformers' loading; what is wrong is said in one line."""
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity(reports.CRITICAL)
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars:
+            reports.enable_progress_bar()
+
+
+def _published_files(folder: Path) -> list[Path]:
+    """All files but hidden ones and what Python leaves behind."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+    )
+
+
+# The Hub
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except ShortVError:
+        raise
+    except HFValidationError as error:
+        raise ShortVError(f"{repo_id}: no id of a repository ({first_line(error)})") from error
+    except Exception as error:  # the client's errors differ by version and transport
+        raise ShortVError(f"{repo_id}: {hub_reason(error)}") from error
+
+
+def _check_target(repo_id: str, dry_run: bool) -> None:
+    with _hub_errors(repo_id):
+        validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ShortVError(f"{repo_id}: no id of a repository; give owner/name")
+    if constants.HF_HUB_OFFLINE:
+        raise ShortVError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
+    if not dry_run and not huggingface_hub.get_token():
+        raise ShortVError(f"{repo_id}: no token was found; run `hf auth login` or set HF_TOKEN")
+
+
+def _remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
+    has_revision = True
+    try:
+        info = api.repo_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        info, has_revision = api.repo_info(repo_id), False
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return Remote(None, False, revision is None, {})
+    return Remote(info.sha, info.private, has_revision, _files(api, repo_id, info.sha))
+
+
+def _files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
+    """The weights to copy, which must be those of this package."""
+    if "src_repo_id" not in {field.name for field in fields(CommitOperationCopy)}:
+        installed = huggingface_hub.__version__
+        raise ShortVError(f"--weights-from needs huggingface_hub 2.0 or newer, installed is {installed}; update it")
+    repo_id, revision = split_revision(spec)
+    with _hub_errors(spec):
+        commit = api.repo_info(repo_id, revision=revision).sha
+        files = _files(api, repo_id, commit)
+        base = Path(hf_hub_download(repo_id, "config.json", revision=commit)).parent
+    if is_original(base):
+        raise ShortVError(f"{spec}: its layout is LLaVA's own, so copies do not fit; push without --weights-from")
+    expected = read_config(base)
+    for key in ("text_config", "vision_config", "image_token_index", "image_token_id"):
+        if expected.get(key) != config.get(key):
+            raise ShortVError(f"{spec}: its config.json has another {key} than {folder}; it is not this package's base")
+    single = [name for name in ("model.safetensors", "pytorch_model.bin") if name in files]
+    names = _listed_weights(folder) or single[:1]
+    missing = [name for name in names if name not in files or not files[name].lfs]
+    if missing or not names:
+        raise ShortVError(f"{spec}: has no {', '.join(missing) or 'weights'}; it is not this package's base")
+    weights = {name: files[name] for name in names}
+    for name, file in weights.items():
+        path = folder / name
+        if path.is_file() and not _same(CommitOperationAdd(name, path), file):
+            raise ShortVError(f"{path}: is not the {name} of {spec}; push without --weights-from")
+    return Source(repo_id, commit, weights)
+
+
+def _listed_weights(folder: Path) -> list[str]:
+    """Names of the weight files by the folder's index; none if it has no index."""
+    for index in matching(folder, INDEX_PATTERNS):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ShortVError(f"{index}: has no weight_map; get the file again")
+        return sorted(set(weight_map.values()))
+    return []
+
+
+def _card(folder: Path, repo_id: str, remote: Remote, license: str | None, source: Source | None) -> ModelCard:
+    """The folder's card for this repository. Where only the repository's was edited by hand, that one is renewed."""
+    existing = read_card(folder / CARD_FILE)
+    known = existing.data.to_dict() if existing else {}
+    results = (existing.data.eval_results if existing else None) or ()
+    if CARD_FILE in remote.files and not (existing and is_edited(existing, folder)):
+        with _hub_errors(repo_id):
+            existing = read_card(Path(hf_hub_download(repo_id, CARD_FILE, revision=remote.commit)))
+    known = {key: value for key, value in known.items() if key not in ("model-index", "tags")}
+    if source and not known.get("base_model"):
+        known["base_model"] = source.repo_id
+    card = make_card(folder, repo_id, existing, results, **known | ({"license": license} if license else {}))
+    if not card.data.license:
+        raise ShortVError(f"{folder}: the licence of the weights is unknown; give it, as in --license llama2")
+    return card
+
+
+def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | None) -> Iterator:
+    """What brings the repository to the folder's state; nothing for files that are the same."""
+    copied = source.files if source else {}
+    kept = {CARD_FILE, *copied}
+    yield from _changed([CommitOperationAdd(CARD_FILE, str(card).encode())], remote)
+    for path in _published_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in kept or (source and path in matching(folder, WEIGHT_PATTERNS)):
+            continue
+        kept.add(name)
+        yield from _changed([CommitOperationAdd(name, path)], remote)
+    for name, file in copied.items():
+        there = remote.files.get(name)
+        if not (there and there.lfs and there.lfs.sha256 == file.lfs.sha256):
+            yield CommitOperationCopy(
+                name, name, src_revision=source.commit, src_repo_id=source.repo_id, src_repo_type="model"
+            )
+    for name in remote.files.keys() - kept:
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in (*WEIGHT_PATTERNS, *INDEX_PATTERNS)):
+            yield CommitOperationDelete(name)
+
+
+def _changed(additions: Iterable[CommitOperationAdd], remote: Remote) -> list[CommitOperationAdd]:
+    return [one for one in additions if not _same(one, remote.files.get(one.path_in_repo))]
+
+
+def _same(addition: CommitOperationAdd, file: RepoFile | None) -> bool:
+    """Whether a local file is the one on the Hub, by size and hash."""
+    if file is None or file.size != addition.upload_info.size:
+        return False
+    if file.lfs:
+        return addition.upload_info.sha256.hex() == file.lfs.sha256
+    with addition.as_file() as content:
+        return git_hash(content.read()) == file.blob_id
+
+
+def _change(operation, remote: Remote, source: Source | None) -> Change:
+    name = operation.path_in_repo
+    if isinstance(operation, CommitOperationDelete):
+        return Change("delete", name, remote.files[name].size)
+    if isinstance(operation, CommitOperationCopy):
+        return Change("copy", name, source.files[name].size)
+    return Change("update" if name in remote.files else "add", name, operation.upload_info.size)
+
+
+def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, settings: dict):
+    """Commit; where the Hub refuses to copy weights, they are downloaded and uploaded."""
+    with _hub_errors(repo_id):
+        try:
+            return api.create_commit(repo_id, operations, **settings)
+        except Exception as error:
+            if source is None or not _copy_refused(error):
+                raise
+            reason = getattr(error, "server_message", None) or first_line(error)
+    names = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationCopy)]
+    size = sum(source.files[name].size for name in names)
+    logger.warning(f"the Hub does not copy from {source.repo_id} ({reason}): downloading and uploading {size:,} bytes")
+    with _hub_errors(source.repo_id):
+        weights = Path(snapshot_download(source.repo_id, revision=source.commit, allow_patterns=names))
+    uploads = [
+        CommitOperationAdd(operation.path_in_repo, weights / operation.path_in_repo)
+        if isinstance(operation, CommitOperationCopy)
+        else operation
+        for operation in operations
+    ]
+    with _hub_errors(repo_id):
+        return api.create_commit(repo_id, uploads, **settings)
+
+
+def _copy_refused(error: Exception) -> bool:
+    """Whether the Hub, or its client in advance, refuses to copy files from one repository to another."""
+    if isinstance(error, HfHubHTTPError):
+        return "/lfs-files/duplicate" in str(error.response.url) and error.response.status_code in (400, 403)
+    return re.search("duplicate .*file", str(error)) is not None
+
+
+def _compare_weights(api: HfApi, repo_id: str, revision: str, source: Source) -> None:
+    with _hub_errors(repo_id):
+        there = {file.path: file for file in api.get_paths_info(repo_id, list(source.files), revision=revision)}
+    for name, file in source.files.items():
+        if name not in there or not there[name].lfs or there[name].lfs.sha256 != file.lfs.sha256:
+            raise ShortVError(f"{repo_id}: its {name} is not {source.repo_id}'s; push again without --weights-from")
+
+
+if __name__ == "__main__":
+    from shortv_llava.cli import main
+
+    main("push")

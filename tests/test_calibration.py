@@ -1,0 +1,315 @@
+"""Calibration as a whole: data, choice, cost, journal, several processes."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shortv_llava.calibrate.cost import CostMeter
+from shortv_llava.calibrate.journal import Journal
+from shortv_llava.calibrate.run import Choice
+from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples, make_prompt
+from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of_layers
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.errors import ShortVError
+from shortv_llava.flops import flops_ratio
+from shortv_llava.package import JOURNAL, load_model, load_processor
+
+QUICK = ("--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
+
+
+def command(output, *options, launch=()) -> list[str]:
+    launch = launch or (sys.executable, "-m", "shortv_llava.cli", "calibrate")
+    return [*launch, str(CHECKPOINT), "--output", str(output), *QUICK, *map(str, options)]
+
+
+def run(output, *options, launch=()) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(output, *options, launch=launch), capture_output=True, text=True, env=environment)
+
+
+def read(output: Path) -> dict:
+    return json.loads((output / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("calibrated") / "package"
+    done = run(output, "--tokens", "visual,text", "--granularity", "auto")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_what_a_calibration_writes(calibrated):
+    config, details = read(calibrated), json.loads((calibrated / "calibration.json").read_text())
+    assert len(config["lc_scores"]) == 12 and config["lc_scores"][11] == 0
+    frozen = {key: config[key] for key in ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")}
+    assert details["frozen"] == frozen and any(frozen.values())
+    kept = config["calibration"]
+    assert len(kept["samples"]) == 6 and len(details["held_out"]) == 3
+    assert not set(kept["samples"]) & set(details["held_out"])
+    assert kept["direction"] == "release" and kept["granularity"] == details["granularity"]
+    assert set(details["scores"]) == {"visual", "text"} and set(details["curves"]) == {"layer", "block"}
+    assert details["curves"]["layer"][0]["cost"]["kl"] == 0
+    assert details["curves"]["layer"][0]["flops_ratio"] == 1
+    for name in ("lc_scores.png", "tradeoff.png"):
+        with Image.open(calibrated / name) as picture:
+            assert picture.width > 500
+    assert str(calibrated.parent) not in (calibrated / "config.json").read_text()
+    assert not (calibrated / JOURNAL).exists()
+
+
+def test_auto_takes_the_granularity_that_diverges_less_at_the_same_flops(calibrated):
+    details = json.loads((calibrated / "calibration.json").read_text())
+    layers = next(e for e in details["curves"]["layer"] if e["number"] == number_of_layers(12))
+    blocks = next(e for e in details["curves"]["block"] if e["flops_ratio"] <= layers["flops_ratio"] + 1e-9)
+    better = "block" if blocks["cost"]["kl"] < layers["cost"]["kl"] else "layer"
+    assert details["granularity"] == better
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path):
+    whole = tmp_path / "whole"
+    assert run(whole).returncode == 0
+    cut = tmp_path / "cut"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for lines in (2, 4, 6):  # the settings and the results so far
+        process = subprocess.Popen(command(cut), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            if (cut / JOURNAL).exists() and (cut / JOURNAL).read_bytes().count(b"\n") >= lines:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+        assert process.returncode == -signal.SIGKILL
+    with open(cut / JOURNAL, "a") as journal:
+        journal.write('["layer LC shapes/3", [0.1, ')  # as a kill in the middle of writing leaves it
+    differs = run(cut, "--direction", "paper")
+    assert differs.returncode == 1 and "direction 'release', not 'paper'" in differs.stderr.splitlines()[-1]
+    assert run(cut).returncode == 0
+    assert (cut / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    assert (cut / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(one).returncode == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "shortv_llava.calibrate"]
+    done = run(two, launch=launch)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(read(two)["lc_scores"], read(one)["lc_scores"], rtol=0, atol=1e-9)
+    assert read(two)["replaced_layers"] == read(one)["replaced_layers"]
+
+
+class TestChoice:
+    def test_numbers_as_published(self):
+        assert (number_of_layers(32), number_of_layers(40)) == (19, 24)
+
+    def test_orders_and_budgets(self, model):
+        layers, blocks = Units(model.config, "layer"), Units(model.config, "block")
+        scores = [0.5, 0.1, 0.4, 0.0, *[1.0] * 8]
+        assert layers.order_by(scores)[:4] == [3, 1, 2, 0]
+        order = layers.order_by(scores)
+        assert layers.reaching(order, 1.0) == 0 and layers.reaching(order, 0.0) == 12
+        number = layers.reaching(order, 0.75)
+        assert layers.ratio(order[:number]) <= 0.75 < layers.ratio(order[: number - 1])
+        assert blocks.saved(0) + blocks.saved(12) == layers.saved(0)
+        assert blocks.frozen([0, 12, 3, 17]) == {
+            "replaced_layers": [0],
+            "replaced_attention_layers": [3],
+            "replaced_ffn_layers": [5],
+        }
+        model.set_replaced_layers([0], [3], [5])
+        assert blocks.ratio([0, 12, 3, 17]) == pytest.approx(flops_ratio(model.config))
+        model.set_replaced_layers()
+
+    def test_greedy_takes_what_adds_least_given_the_others(self, model):
+        units = Units(model.config, "layer")
+
+        def divergence(chosen):  # 3 is good alone and bad beside 0
+            return sum(unit for unit in chosen) + (100 if {0, 3} <= set(chosen) else 0)
+
+        assert units.order_greedily(divergence)[:3] == [0, 1, 2]
+        assert units.order_greedily(divergence)[-1] == 3
+
+    def test_bootstrap(self):
+        generator = np.random.default_rng(0)
+        scores = np.stack([generator.normal(mean, 0.1, 50) for mean in (0.0, 1.0, 1.01, 5.0)], axis=1)
+        intervals, shares = bootstrap(scores, 2, [1, 1, 1, 1], seed=0)
+        assert shares[0] == 1 and shares[3] == 0 and 0.05 < shares[1] < 0.95
+        assert shares.sum() == pytest.approx(2)
+        assert (intervals[:, 0] < scores.mean(0)).all() and (scores.mean(0) < intervals[:, 1]).all()
+
+    def test_of_equal_scores_the_deeper_layer_goes_first(self):
+        assert lowest([0.0, 1.0, 0.0], 2) == [2, 0]
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            ({"num_layers": 3, "fraction": 0.5}, "--num-layers and --fraction contradict"),
+            ({"num_layers": 13}, "12 layers"),
+            ({"fraction": 1.5}, "from 0 to 1"),
+            ({"strategy": "best"}, "lc, greedy, cosine, random"),
+            ({"granularity": "head"}, "layer, block, auto"),
+            ({"strategy": "cosine", "granularity": "auto"}, "--granularity layer"),
+        ],
+    )
+    def test_contradictions(self, options, words):
+        with pytest.raises(ShortVError, match=words):
+            dataclasses.replace(Choice(), **options).check(12)
+
+    @pytest.mark.parametrize("strategy", ["greedy", "cosine", "random"])
+    def test_other_strategies_end_in_a_package(self, tmp_path, strategy):
+        output = tmp_path / "package"
+        done = run(output, "--strategy", strategy, "--samples", "2", "--max-divergence", "0.05")
+        assert done.returncode == 0, done.stderr
+        details = json.loads((output / "calibration.json").read_text())
+        assert sorted(details["order"]) == list(range(12))
+        allowed = [e["number"] for e in details["curves"]["layer"] if e["cost"]["kl"] <= 0.05]
+        assert len(read(output)["replaced_layers"]) == max(allowed)
+
+
+class TestCost:
+    @torch.no_grad()
+    def test_equals_whole_passes(self, model, processor):
+        samples = embedded_samples()[:3]
+        meter = CostMeter(model, processor, samples)
+        cost = meter.measure({"replaced_layers": [3, 9], "replaced_attention_layers": [], "replaced_ffn_layers": [1]})
+        kls, agreed = [], []
+        for sample in samples:
+            prompt = make_prompt(processor, sample.question)
+            inputs = processor(text=prompt, images=Image.open(sample.image), return_tensors="pt")
+            model.set_replaced_layers([])
+            p = model(**inputs).logits[0, -1].double().log_softmax(-1)
+            model.set_replaced_layers([3, 9], ffn=[1])
+            q = model(**inputs).logits[0, -1].double().log_softmax(-1)
+            kls.append((q.exp() * (q - p)).sum().item())
+            agreed.append((p.argmax() == q.argmax()).item())
+        model.set_replaced_layers([])
+        assert cost.kl == pytest.approx(np.mean(kls), abs=1e-6)
+        assert cost.agreement == np.mean(agreed) and cost.nll_change is not None
+
+    def test_of_nothing_is_nothing_and_the_model_is_left_alone(self, model, processor):
+        model.set_replaced_layers([2])
+        meter = CostMeter(model, processor, embedded_samples()[:2])
+        nothing = meter.measure({"replaced_layers": [], "replaced_attention_layers": [], "replaced_ffn_layers": []})
+        assert (nothing.kl, nothing.agreement, nothing.nll_change) == (0, 1, 0)
+        assert model.config.replaced_layers == [2]
+        model.set_replaced_layers([])
+
+
+def test_scores_that_are_not_finite_name_the_sample(tmp_path, processor):
+    from shortv_llava.calibrate.run import calibrate
+
+    broken = load_model(CHECKPOINT, dtype=torch.float32)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    samples = embedded_samples()
+    with pytest.raises(ShortVError, match="sample 0: scores are not finite"):
+        calibrate(CHECKPOINT, broken, processor, samples[:1], samples[1:2], tmp_path / "package")
+
+
+class TestJournal:
+    def test_other_settings_are_refused(self, tmp_path):
+        journal = Journal(tmp_path / "journal", {"seed": 0})
+        journal.add("a", 0.1 + 0.2)
+        assert Journal(tmp_path / "journal", {"seed": 0}).results == {"a": 0.1 + 0.2}
+        with pytest.raises(ShortVError, match="seed 0, not 1"):
+            Journal(tmp_path / "journal", {"seed": 1})
+
+
+class TestData:
+    """Local tables with the columns and types of the Hub's."""
+
+    @pytest.fixture
+    def gqa(self, tmp_path) -> Path:
+        datasets = pytest.importorskip("datasets")
+        picture = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+        tables = {
+            "testdev_balanced_instructions": {
+                "id": [str(i) for i in range(9)],
+                "imageId": [f"n{i % 3}" for i in range(9)],
+                "question": [f"Is it {i}?" for i in range(9)],
+                "answer": ["yes", "no", "red"] * 3,
+                "fullAnswer": ["Yes, it is."] * 9,
+            },
+            "testdev_balanced_images": {"id": ["n0", "n1", "n2"], "image": picture},
+        }
+        return self.write(tmp_path / "GQA", tables, "testdev", datasets)
+
+    @staticmethod
+    def write(folder: Path, tables: dict, split: str, datasets) -> Path:
+        configs = []
+        for name, columns in tables.items():
+            table = datasets.Dataset.from_dict(columns)
+            if "image" in columns:
+                table = table.cast_column("image", datasets.Image())
+            (folder / name).mkdir(parents=True)
+            table.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+            configs.append(f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}/{split}-*\n")
+        (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+        return folder
+
+    def test_gqa(self, gqa):
+        samples = gqa_samples(4, seed=1, repository=str(gqa))
+        assert [sample.id for sample in samples] == [sample.id for sample in gqa_samples(4, 1, str(gqa))]
+        assert len({sample.id for sample in samples}) == 4
+        for sample in samples:
+            assert sample.question == f"Is it {sample.id}?\nAnswer the question using a single word or phrase."
+            color = sample.image.convert("RGB").getpixel((0, 0))
+            assert color == [(255, 0, 0), (0, 0, 255), (0, 128, 0)][int(sample.id) % 3]
+            assert sample.answer == ["yes", "no", "red"][int(sample.id) % 3]
+
+    def test_flickr30k(self, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        columns = {
+            "image": [Image.new("RGB", (8, 8), "red")] * 5,
+            "caption": [[f"Caption {i}.", "Another."] for i in range(5)],
+            "sentids": [["0", "1"]] * 5,
+            "img_id": [str(i) for i in range(5)],
+            "filename": [f"{i}.jpg" for i in range(5)],
+        }
+        folder = self.write(tmp_path / "flickr30k", {"default": columns}, "test", datasets)
+        samples = flickr30k_samples(3, seed=0, repository=str(folder))
+        assert len(samples) == 3
+        for sample in samples:
+            assert sample.question == "Provide a one-sentence caption for the provided image."
+            assert sample.answer == f"Caption {sample.id}."
+
+    @pytest.mark.parametrize("source", ["gqa", "flickr30k"])
+    def test_out_of_reach(self, tmp_path, source):
+        done = run(tmp_path / "package", "--data", source)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "cannot be read" in done.stderr and "--data FILE.jsonl --images DIR" in done.stderr.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_draws(self):
+        samples = embedded_samples()
+        assert draw(samples, 5, seed=3) == draw(samples, 9, seed=3)[:5]
+        assert draw(samples, 5, seed=3) != draw(samples, 5, seed=4)
+
+    @pytest.mark.parametrize("leaves_out", [True, False])
+    def test_vicunas_sentence_stands_once(self, processor, leaves_out, monkeypatch):
+        if leaves_out:  # as the templates of llava-hf
+            template = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
+            monkeypatch.setattr(processor, "chat_template", template)
+        prompt = make_prompt(processor, "What is it?")
+        assert prompt.startswith("A chat between a curious human") and prompt.count("A chat") == 1
+        assert prompt.endswith(" USER: <image>\nWhat is it? ASSISTANT:")
+
