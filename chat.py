@@ -1,6 +1,5 @@
 """Chat in a terminal: a conversation whose cache is kept between turns, and the commands around it."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    BitsAndBytesConfig,
     DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,

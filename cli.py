@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -28,10 +28,10 @@ def package(
         bool, typer.Option("--no-weights", help="Fetch no weights; publish with `shortv push --weights-from`.")
     ] = False,
     base_model: Annotated[
-        Optional[str], typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
+        str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
     ] = None,
     vision_tower: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
     ] = None,
     overwrite: Overwrite = False,
@@ -69,14 +69,14 @@ def push(
     folder: Annotated[Path, typer.Argument(help="The package folder.", show_default=False)],
     repo_id: Annotated[str, typer.Argument(help="Repository, `owner/name`; made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[Optional[str], typer.Option(help="Branch to commit to; made if there is none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[Optional[str], typer.Option(help="First line of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
     license: Annotated[
-        Optional[str], typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
+        str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
     ] = None,
     weights_from: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
@@ -120,7 +120,7 @@ def calibrate(
         list[str],
         typer.Option(help="`gqa`, `flickr30k`, `shapes` (embedded) or a file in LLaVA's JSONL; several mix."),
     ] = ["gqa", "flickr30k"],  # noqa: B006
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images that JSONL files name.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that JSONL files name.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
     held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the draw, of random layers and of the bootstrap.")] = 0,
@@ -134,22 +134,22 @@ def calibrate(
     granularity: Annotated[
         str, typer.Option(help="`layer`, `block` (attention and FFN apart), or `auto`: the better of both.")
     ] = "layer",
-    num_layers: Annotated[Optional[int], typer.Option(help="Layers to replace.")] = None,
-    fraction: Annotated[Optional[float], typer.Option(help="Of the layers to replace; 0.6 if no budget is given.")] = None,
-    flops_ratio: Annotated[Optional[float], typer.Option(help="Replace until the prefill costs this share.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Layers to replace.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Of the layers to replace; 0.6 if no budget is given.")] = None,
+    flops_ratio: Annotated[float | None, typer.Option(help="Replace until the prefill costs this share.")] = None,
     max_divergence: Annotated[
-        Optional[float], typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
+        float | None, typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
     ] = None,
-    max_rows: Annotated[Optional[int], typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
     dtype: Dtype = "auto",
-    device_map: Annotated[Optional[str], typer.Option(help="As in transformers, for example `auto`.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Through bitsandbytes.")] = False,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Through bitsandbytes.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compute LC scores and make the package that replaces the layers of lowest score.
 
-    Interrupted, the same command continues. Several GPUs: `accelerate launch -m shortv_llava.calibrate BASE --output DIR`
+    Interrupted, the same command continues. Several GPUs: `accelerate launch -m shortv_llava.calibrate BASE …`
 
     Examples:
 
@@ -178,9 +178,7 @@ def calibrate(
     drawn = load_samples(data, images, samples + held_out, seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     processor = load_processor(folder)
-    model = load_model(
-        folder, dtype=dtype, device_map=device_map, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
-    )
+    model = load_model(folder, dtype=dtype, device_map=device_map, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     settings = {
         "base": base if not Path(base).is_dir() else Path(base).resolve().name,
         "data": [Path(source).name for source in data],
@@ -209,13 +207,13 @@ def calibrate(
 def chat(
     model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")],
     image: Annotated[
-        Optional[list[str]], typer.Option(help="File or URL for the first question; once for each image.")
+        list[str] | None, typer.Option(help="File or URL for the first question; once for each image.")
     ] = None,
     system: Annotated[
-        Optional[str], typer.Option(help="System sentence; if not given the model's own, such as Vicuna's.")
+        str | None, typer.Option(help="System sentence; if not given the model's own, such as Vicuna's.")
     ] = None,
     replaced_layers: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Layers to replace instead of the package's own: ids as `31,29,30`, `none`, `published` or "
             "`published:NAME`. Without this option a plain checkpoint takes those of the environment variable "
@@ -225,7 +223,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
-    seed: Annotated[Optional[int], typer.Option(help="Of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="As in transformers: `auto`, `cpu`, `cuda:1`.")] = "auto",
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,

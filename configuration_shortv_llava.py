@@ -87,7 +87,9 @@ class ShortVConfigMixin:
                     raise ValueError(f"{name}: {layer!r} is no layer id; ids are integers from 0 to {num_layers - 1}")
                 if layer in seen:
                     where = "twice" if seen[layer] == name else f"and in {seen[layer]}"
-                    raise ValueError(f"{name}: layer {layer} is listed here {where}; ids 0 to {num_layers - 1} may stand once")
+                    raise ValueError(
+                        f"{name}: layer {layer} is listed here {where}; ids 0 to {num_layers - 1} may stand once"
+                    )
                 seen[layer] = name
 
     def _check_scores(self):

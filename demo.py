@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.benchmarks.prefill import compare, make_inputs, make_pair
-from shortv_llava.calibrate.report import score_table
-from shortv_llava.calibrate.run import calibrate
+from shortv_llava.calibrate.run import Choice, calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
 from shortv_llava.calibrate.selection import number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
@@ -27,11 +26,12 @@ def run(output: Path) -> None:
     logging.disable_progress_bar()
     console = Console()
     samples = embedded_samples()
-    drawn = draw(samples, 40, seed=0)
+    drawn = draw(samples, len(samples), seed=0)
+    choosing, held_out = drawn[:40], drawn[40:]
     model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
-    result = calibrate(CHECKPOINT, model, processor, drawn, output, "shapes", seed=0, overwrite=True)
-    console.print(score_table(result.lc_scores, result.replaced_layers))
-    console.print(f"wrote {output}: layers {result.replaced_layers} replaced\n")
+    settings, tokens = {"base": CHECKPOINT.name, "data": ["shapes"]}, ("visual", "text")
+    calibrate(CHECKPOINT, model, processor, choosing, held_out, output, Choice(), settings, tokens, overwrite=True)
+    console.print(f"wrote {output}\n")
 
     # From here on nothing but the folder and transformers.
     trust = {"trust_remote_code": True, "dtype": torch.float32}
@@ -44,7 +44,7 @@ def run(output: Path) -> None:
     table = Table(title="Answers", title_justify="left")
     for column in ("image", "question", "dense", "ShortV", "right"):
         table.add_column(column)
-    for sample in [sample for sample in samples if sample not in drawn][:NUM_QUESTIONS]:
+    for sample in held_out[:NUM_QUESTIONS]:
         content = [{"type": "image", "image": open_image(sample.image)}, {"type": "text", "text": sample.question}]
         answers = [
             one(
@@ -58,12 +58,14 @@ def run(output: Path) -> None:
         table.add_row(sample.image.name, sample.question, *answers, sample.answer)
     console.print(table)
 
-    console.print(f"FLOPs of a prefill with 64 text tokens and one image: {flops_ratio(shortv.config):.0%} of the dense model's")
+    console.print(
+        f"FLOPs of a prefill with 64 text tokens and one image: {flops_ratio(shortv.config):.0%} of the dense model's"
+    )
     console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
     wide_stock, wide = make_pair(width=1024, num_layers=16, image_side=24)
     wide.set_replaced_layers(list(range(16))[-number_of_layers(16) :])
     speed = compare(wide_stock, wide, make_inputs(wide, text_tokens=64), pairs=5)
     console.print(
-        f"{len(wide.config.replaced_layers)} of 16 layers replaced: {speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, "
-        f"{speed.speed_up:.2f}x (the FLOPs allow {speed.bound:.2f}x)"
+        f"{len(wide.config.replaced_layers)} of 16 layers replaced: "
+        f"{speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, {speed.speed_up:.2f}x (the FLOPs allow {speed.bound:.2f}x)"
     )

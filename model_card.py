@@ -35,6 +35,12 @@ NOTICES = {  # what a licence wants every copy to say
     "llama2": "Llama 2 is licensed under the [LLAMA 2 Community License](https://ai.meta.com/llama/license/), "
     "Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 }
+STRATEGIES = {
+    "lc": "by their Layer Contribution, lowest first",
+    "greedy": "greedily, each time what adds the least divergence from the base model to what is frozen already",
+    "cosine": "by how little they turn the visual tokens' states (cosine similarity), least first",
+    "random": "at random",
+}
 PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
 
 TEMPLATE = (
@@ -250,7 +256,7 @@ def _frozen(config) -> str:
 
 
 def _intro(config, name: str, data: ModelCardData) -> str:
-    base = _link(data.base_model) if data.base_model else "a LLaVA checkpoint"
+    base = _link(data.base_model) if data.base_model else "A LLaVA checkpoint"
     frozen, ratio = _frozen(config), flops_ratio(config)
     title = f"# {name.split('/')[-1]}\n\n"
     if not frozen:
@@ -316,11 +322,9 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
             parts.append(f"{title} (ids from 0): {', '.join(map(str, layers))}.")
     published = _published(config)
     if config.calibration:
-        parts.append(
-            "They were chosen by Layer Contribution (LC) on this checkpoint: the KL divergence of the next token's "
-            "distribution when visual tokens are frozen in one layer alone. A low score marks a layer that they can "
-            "skip. The settings:"
-        )
+        strategy = config.calibration.get("choice", {}).get("strategy", "lc")
+        chosen_by = STRATEGIES.get(strategy, f"by the strategy {strategy}")
+        parts.append(f"They were chosen on this checkpoint {chosen_by}. The settings:")
         parts.append(_settings(config.calibration))
     elif published:
         same = _is_published_for(config, data.base_model)
@@ -338,7 +342,12 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
     if config.lc_scores:
         chosen = frozenset().union(*config.frozen_layers())
         rows = [(i, f"{score:.3e}", "yes" if i in chosen else "") for i, score in enumerate(config.lc_scores)]
-        table = _table(("layer", "visual LC", "frozen"), rows)
+        tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
+        table = _table(("layer", f"LC of {tokens[0]} tokens", "frozen"), rows)
+        parts.append(
+            "A layer's Layer Contribution (LC) is the KL divergence of the next token's distribution when tokens are "
+            "frozen in that layer alone; a low one marks a layer that they can skip."
+        )
         parts.append(f"<details>\n<summary>Scores of all layers</summary>\n\n{table}\n\n</details>")
     return "\n\n".join(parts)
 
@@ -369,7 +378,7 @@ def _cost(folder: Path, config, data: ModelCardData) -> str:
     visual_tokens = image_tokens(config)
     counts = config.text_config, TEXT_TOKENS, visual_tokens
     dense, shortv = prefill_flops(*counts), prefill_flops(*counts, *config.frozen_layers())
-    rows = [(f"{dense / 1e12:.3g}", f"{shortv / 1e12:.3g}", f"{shortv / dense:.1%}", f"{dense / shortv:.2f}x")]
+    rows = [(f"{dense / 1e12:#.3g}", f"{shortv / 1e12:#.3g}", f"{shortv / dense:.1%}", f"{dense / shortv:.2f}x")]
     header = ("TFLOPs, base model", "TFLOPs, this model", "ratio", "bound of the speed-up")
     parts = [
         "## Cost",
@@ -407,7 +416,7 @@ def _measured(path: Path, around: int = 2) -> list[str]:
         return []
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShortVError(f"{path}: no calibration wrote it so ({error!r}); calibrate again or remove it") from error
-    header = (f"frozen {found['granularity']}s", "FLOPs", "KL ± 95%", "same first token", "answer's NLL")
+    header = (f"frozen {found['granularity']}s", "FLOPs", "KL ± 95%", "same first token", "change of the answer's NLL")
     return [f"Measured against the base model on {held_out} samples not used for choosing:", _table(header, rows)]
 
 

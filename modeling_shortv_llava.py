@@ -192,7 +192,9 @@ class ShortVModelMixin:
         for layer in self.language_model.layers:
             if type(layer) not in SHORTV_LAYERS:
                 supported = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
-                raise ValueError(f"text backbone {config.text_config.model_type!r} is not supported; those are: {supported}")
+                raise ValueError(
+                    f"text backbone {config.text_config.model_type!r} is not supported; those are: {supported}"
+                )
             layer.__class__ = SHORTV_LAYERS[type(layer)]  # adds behaviour, no state: checkpoints load as they are
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
@@ -273,7 +275,10 @@ for config_class, model_class in (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = model_class.__name__
 
 try:  # transformers 5 renames a checkpoint's tensors by tables that leave custom classes out; 4 by a class attribute
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 except ImportError:
     pass
 else:

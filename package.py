@@ -5,6 +5,7 @@ every engine knows. Only checkpoints in the original LLaVA layout are converted.
 """
 
 import atexit
+import errno
 import importlib.util
 import json
 import logging
@@ -182,13 +183,17 @@ def hub_reason(error: BaseException) -> str:
     causes = [error]  # an answer is often wrapped in what the client was about to do
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None), None)
+    answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set; unset it and run this again"
+    if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
+        return "there is no space left on this machine's disk; make room and run this again"
     if answer is None:
         reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+        reason = re.sub(r"\?\S+", "", reason)  # links to the storage are signed
         return f"{reason}; check the connection to the Hub and run this again"
-    status, said = answer.response.status_code, " ".join((answer.server_message or "").split())
+    status, said = answer.response.status_code, getattr(answer, "server_message", None)
+    said = f"{status}: {' '.join(said.split())}" if said else f"{status}"
     if isinstance(answer, GatedRepoError):
         return "it is gated; ask for access on its page, then run this again"
     if isinstance(answer, RepositoryNotFoundError):
@@ -205,8 +210,8 @@ def hub_reason(error: BaseException) -> str:
         seconds = answer.response.headers.get("Retry-After", "")
         return f"too many requests; run this again in {f'{seconds} seconds' if seconds.isdigit() else 'a few minutes'}"
     if status >= 500:
-        return f"the Hub failed with {status} ({said}); run this again"
-    return f"the Hub refused with {status} ({said})"
+        return f"the Hub failed ({said}); run this again"
+    return f"the Hub refused ({said})"
 
 
 def read_config(folder: Path) -> dict:

@@ -18,7 +18,7 @@ VICUNA_CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- endmacro -%}"
     "{%- if messages[0]['role'] == 'system' -%}{{ text_of(messages[0]['content']) + ' ' }}"
-    "{%- else -%}{{ \"" + VICUNA_SYSTEM + " \" }}{%- endif -%}"
+    '{%- else -%}{{ "' + VICUNA_SYSTEM + ' " }}{%- endif -%}'
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{{ 'USER: ' }}"
     "{%- if message['content'] is not string -%}"

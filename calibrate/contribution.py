@@ -77,7 +77,9 @@ def contributions(
                     if granularity == "layer":
                         kept = [before.to(outputs.device)]
                     else:
-                        kept = [_run(layer, before, call, batch, budget, frozen, (name,)) for name in ("attention", "ffn")]
+                        kept = [
+                            _run(layer, before, call, batch, budget, frozen, (name,)) for name in ("attention", "ffn")
+                        ]
                     mask = frozen.unsqueeze(-1).to(outputs.device)
                     variants += [torch.where(mask, states, outputs[:batch]) for states in kept]
             stack = torch.cat([outputs, *variants])
@@ -160,7 +162,7 @@ def _last_positions(inputs, states: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
-    """What the language model would call its layers with: states (B, S, h) before the first, keyword arguments of each."""
+    """What the language model would call its layers with: states (B, S, h) for the first, keyword arguments for each."""
     layers = model.model.language_model.layers
     states, calls = [], []
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.calibrate.contribution import Direction, divergence, dense
+from shortv_llava.calibrate.contribution import Direction, dense, divergence
 from shortv_llava.calibrate.samples import Sample, make_inputs
 
 

@@ -27,8 +27,8 @@ class Journal:
             for key in sorted({*begun, *self.settings}):
                 if begun.get(key) != self.settings.get(key):
                     raise ShortVError(
-                        f"{path}: an unfinished calibration with {key} {begun.get(key)!r}, not {self.settings.get(key)!r}, "
-                        "lies there; repeat that command, or remove the file to begin anew"
+                        f"{path}: an unfinished calibration with {key} {begun.get(key)!r}, "
+                        f"not {self.settings.get(key)!r}, lies there; repeat that command, or remove the file"
                     )
             for line in complete[1:]:
                 key, value = json.loads(line)

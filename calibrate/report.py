@@ -52,7 +52,9 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
         curve: entries with `number`, `flops_ratio` and `cost`, by number.
         chosen: index into `curve`.
     """
-    table = Table(title=f"Cost of {granularity}s frozen together, on samples not used for choosing", title_justify="left")
+    table = Table(
+        title=f"Cost of {granularity}s frozen together, on samples not used for choosing", title_justify="left"
+    )
     for column in ("frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"):
         table.add_column(column, justify="right")
     for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
@@ -73,7 +75,9 @@ def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str
     """The paper's Figure 3: LC of every layer for each set of tokens, log scale, the replaced layers marked."""
     figure, axes = _figure()
     for (tokens, values), marker in zip(scores.items(), "os^"):
-        axes.plot(range(len(values)), [value or math.nan for value in values], f"-{marker}", label=f"{tokens} tokens", ms=5)
+        axes.plot(
+            range(len(values)), [value or math.nan for value in values], f"-{marker}", label=f"{tokens} tokens", ms=5
+        )
     visual = next(iter(scores.values()))
     names = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
     for (key, name), color in zip(names.items(), ("0.85", "#cfe3f7", "#f7e3c8")):

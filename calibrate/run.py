@@ -155,9 +155,9 @@ class Run:
         units = Units(self.model.config, granularity)
         scores = self.collect(
             f"{granularity} LC",
-            lambda inputs: contributions(
-                self.model, inputs, self.tokens, self.direction, granularity, self.budget
-            )[:, 0],
+            lambda inputs: contributions(self.model, inputs, self.tokens, self.direction, granularity, self.budget)[
+                :, 0
+            ],
         )
         order = self.order(choice, units, scores)
         curve = []
@@ -173,7 +173,9 @@ class Run:
         else:
             layers = choice.num_layers
             if layers is None:
-                layers = number_of_layers(units.num_layers, DEFAULT_FRACTION if choice.fraction is None else choice.fraction)
+                layers = number_of_layers(
+                    units.num_layers, DEFAULT_FRACTION if choice.fraction is None else choice.fraction
+                )
             number = units.reaching(order, Units(self.model.config, "layer").ratio(range(layers)))
         return Candidate(units, scores, order, curve, number)
 
@@ -213,7 +215,7 @@ class Run:
                 for key, values in gather_object(found) if count > 1 else found:
                     if not np.isfinite(values).all():
                         raise ShortVError(
-                            f"sample {keys[key].id}: scores are not finite; try --dtype float32, or leave the sample out"
+                            f"sample {keys[key].id}: scores are not finite; try --dtype float32, or leave it out"
                         )
                     self.once(key, lambda values=values: values)
                     bar.update()
@@ -284,7 +286,11 @@ def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str,
     if len(candidates) > 1:
         kls = {name: candidate.chosen["cost"].kl for name, candidate in candidates.items()}
         found = ", ".join(f"{name} {kl:.4f}" for name, kl in kls.items())
-        console.print(f"KL of both at the same FLOPs: {found}; taken: {best}, {min(kls.values()) / max(kls.values()):.2f} of the other's")
+        console.print(
+            f"KL at the same FLOPs: {found}; taken: {best}, {min(kls.values()) / max(kls.values()):.2f} of the other's"
+        )
     unsure = report.unsettled(shares.tolist())
     if choice.strategy == "lc" and unsure:
-        console.print(f"more samples could change the choice: between 5% and 95% of resamples take {best} units {unsure}")
+        console.print(
+            f"more samples could change the choice: between 5% and 95% of resamples take {best} units {unsure}"
+        )

@@ -85,7 +85,9 @@ def _stream(repository: str, name: str | None, split: str, shuffle_seed=None, ta
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ShortVError(f"{repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'") from error
+        raise ShortVError(
+            f"{repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
+        ) from error
     try:
         rows = load_dataset(repository, name, split=split, streaming=True)
         if shuffle_seed is not None:
@@ -149,7 +151,9 @@ def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the dat
         ShortVError: if there are fewer.
     """
     if number > len(samples):
-        raise ShortVError(f"{number} samples were asked for, {name} holds {len(samples)}; lower --samples or --held-out")
+        raise ShortVError(
+            f"{number} samples were asked for, {name} holds {len(samples)}; lower --samples or --held-out"
+        )
     return random.Random(seed).sample(list(samples), len(samples))[:number]
 
 

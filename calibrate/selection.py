@@ -20,7 +20,7 @@ def number_of_layers(num_layers: int, fraction: float = DEFAULT_FRACTION) -> int
 
 
 def lowest(scores: Sequence[float], number: int | None = None) -> list[int]:
-    """Ids of the `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
+    """The `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
     return sorted(range(len(scores)), key=lambda unit: (scores[unit], -unit))[:number]
 
 
@@ -51,7 +51,11 @@ class Units:
     def frozen(self, units: Sequence[int]) -> dict[str, list[int]]:
         """The configuration's three lists; a layer with both blocks frozen is a replaced one."""
         attention = [unit for unit in units if unit < self.num_layers]
-        ffn = attention if self.granularity == "layer" else [unit - self.num_layers for unit in units if unit not in attention]
+        ffn = (
+            attention
+            if self.granularity == "layer"
+            else [unit - self.num_layers for unit in units if unit not in attention]
+        )
         return {
             "replaced_layers": [layer for layer in attention if layer in ffn],
             "replaced_attention_layers": [layer for layer in attention if layer not in ffn],
@@ -63,7 +67,9 @@ class Units:
         lists = self.frozen(units)
         both = lists["replaced_layers"]
         attention, ffn = both + lists["replaced_attention_layers"], both + lists["replaced_ffn_layers"]
-        return prefill_flops(self.text_config, *self.tokens, attention, ffn) / prefill_flops(self.text_config, *self.tokens)
+        return prefill_flops(self.text_config, *self.tokens, attention, ffn) / prefill_flops(
+            self.text_config, *self.tokens
+        )
 
     def reaching(self, order: Sequence[int], ratio: float) -> int:
         """How many units of `order` bring the FLOPs ratio down to `ratio`; all if none do."""
@@ -77,7 +83,7 @@ class Units:
         return lowest([score / self.saved(unit) for unit, score in enumerate(scores)])
 
     def order_greedily(self, divergence: Callable[[tuple[int, ...]], float]) -> list[int]:
-        """Add, again and again, the unit that adds least `divergence` (of units frozen together) per operation saved."""
+        """Add, again and again, the unit that adds least `divergence` (of units together) per operation saved."""
         order, reached = [], 0.0
         while len(order) < len(self):
             found = {unit: divergence((*order, unit)) for unit in range(len(self)) if unit not in order}
@@ -99,12 +105,10 @@ def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int, 
         saved: operations saved by each unit.
 
     Returns:
-        The 95% interval of every unit's mean score, `(units, 2)`, and the share of resamples that choose it, `(units,)`.
+        The 95% interval of every unit's mean score, `(units, 2)`; the share of resamples that choose it, `(units,)`.
     """
     generator = np.random.default_rng(seed)
-    means = np.stack(
-        [scores[generator.integers(len(scores), size=len(scores))].mean(axis=0) for _ in range(resamples)]
-    )
+    means = np.stack([scores[generator.integers(len(scores), size=len(scores))].mean(axis=0) for _ in range(resamples)])
     chosen = np.zeros(scores.shape[1])
     for row in means / np.asarray(saved):
         chosen[lowest(row.tolist(), number)] += 1

@@ -1,28 +1,38 @@
 """What ShortV does to the embedded checkpoint: `python -m shortv_llava.checkpoints.evaluate`.
 
-Accuracy on held-out questions, dense and with the layers chosen by LC, by cosine similarity and at random.
+Layers and blocks are chosen on the embedded samples by every strategy, and frozen at 40, 60 and 80 percent of the
+layers (blocks: at the same FLOPs); divergence, agreement and accuracy are measured on questions never trained on.
 """
 
-import random
 import statistics
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from shortv_llava.calibrate.contribution import cosine_distance, layer_contribution
-from shortv_llava.calibrate.samples import embedded_samples, make_inputs, make_prompt
-from shortv_llava.calibrate.selection import lowest, number_of_layers
+from shortv_llava.calibrate.contribution import contributions, cosine_distance
+from shortv_llava.calibrate.cost import CostMeter
+from shortv_llava.calibrate.samples import Sample, draw, embedded_samples, make_inputs, make_prompt
+from shortv_llava.calibrate.selection import Units, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.flops import flops_ratio
 from shortv_llava.package import load_model, load_processor
 from shortv_llava.prompts import CAPTION_PROMPT
 
 BATCH = 50
+FRACTIONS = (0.4, 0.6, 0.8)
+
+
+class Frozen(NamedTuple):
+    """A choice to evaluate."""
+
+    name: str
+    lists: dict[str, list[int]]  # as in the configuration
+    flops_ratio: float
 
 
 @torch.no_grad()
@@ -59,41 +69,72 @@ def caption_accuracy(model, processor, scenes: Sequence[shapes.Scene]) -> float:
     return 100 * statistics.mean(text == shapes.caption(scene) for text, scene in zip(given, scenes))
 
 
+def choices(model, processor, seeds: int) -> Iterator[Frozen]:
+    """The dense model, then every strategy at every fraction."""
+    samples = draw(embedded_samples(), 40, seed=0)
+    inputs = make_inputs(processor, samples)
+    meter = CostMeter(model, processor, samples)
+    layers, blocks = (Units(model.config, granularity) for granularity in ("layer", "block"))
+
+    def greedy(units: Units) -> list[int]:
+        with tqdm(total=len(units) * (len(units) + 1) // 2, desc=f"greedy, {units.granularity}s") as bar:
+
+            def divergence(candidate: tuple[int, ...]) -> float:
+                bar.update()
+                return meter.measure(units.frozen(candidate)).kl
+
+            return units.order_greedily(divergence)
+
+    lc = {
+        u.granularity: contributions(model, inputs, granularity=u.granularity)[0].mean(0).tolist()
+        for u in (layers, blocks)
+    }
+    orders = [
+        ("layers by LC", layers, layers.order_by(lc["layer"])),
+        ("layers, greedily", layers, greedy(layers)),
+        ("layers by cosine", layers, layers.order_by(cosine_distance(model, inputs).tolist())),
+        ("blocks by LC", blocks, blocks.order_by(lc["block"])),
+        ("blocks, greedily", blocks, greedy(blocks)),
+    ]
+    orders += [(f"random layers, seed {seed}", layers, layers.order_at_random(seed)) for seed in range(seeds)]
+    yield Frozen("dense", layers.frozen([]), 1.0)
+    for fraction in FRACTIONS:
+        target = layers.ratio(range(number_of_layers(layers.num_layers, fraction)))
+        for name, units, order in orders:
+            units_frozen = order[: units.reaching(order, target)]
+            yield Frozen(f"{fraction:.0%} {name}", units.frozen(units_frozen), units.ratio(units_frozen))
+
+
 def main(
     questions: Annotated[int, typer.Option(help="Held-out questions with a short answer.")] = 1000,
-    captions: Annotated[int, typer.Option(help="Held-out captions.")] = 200,
+    captions: Annotated[int, typer.Option(help="Held-out captions.")] = 100,
     seeds: Annotated[int, typer.Option(help="Random choices of layers.")] = 5,
 ) -> None:
     """Print the table of the README."""
     model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
-    inputs = make_inputs(processor, embedded_samples())
-    num_layers = model.config.text_config.num_hidden_layers
-    number = number_of_layers(num_layers)
-    choices = {
-        "dense": [],
-        "LC": lowest(layer_contribution(model, inputs).tolist(), number),
-        "cosine": lowest(cosine_distance(model, inputs).tolist(), number),
-    }
-    for seed in range(seeds):
-        choices[f"random, seed {seed}"] = random.Random(seed).sample(range(num_layers), number)
-
     asked = shapes.held_out(questions)
     scenes = [scene for scene, _ in shapes.held_out(captions, seed="held-out captions")]
-    table = Table(title=f"{number} of {num_layers} layers replaced; percent right", title_justify="left")
-    for column in ("layers", "FLOPs ratio", *shapes.KINDS, "all", "captions", "replaced"):
-        table.add_column(column, justify="left" if column in ("layers", "replaced") else "right", overflow="fold")
-    random_results = []
-    for name, layers in tqdm(choices.items(), desc="choices"):
-        model.set_replaced_layers(layers)
+    prompts = [Sample(str(i), shapes.draw(scene), q.text, q.answer) for i, (scene, q) in enumerate(asked[:200])]
+    meter = CostMeter(model, processor, prompts)
+
+    columns = ("FLOPs ratio", "KL", "agreement", *shapes.KINDS, "all", "captions")
+    table = Table("frozen", *columns, box=box.MARKDOWN)
+    at_random = {fraction: [] for fraction in FRACTIONS}
+    for choice in list(choices(model, processor, seeds)):
+        cost = meter.measure(choice.lists)
+        model.set_replaced_layers(*choice.lists.values())
         scores = accuracy(model, processor, asked) | {"captions": caption_accuracy(model, processor, scenes)}
-        cells = [f"{score:.1f}" for score in scores.values()]
-        table.add_row(name, f"{flops_ratio(model.config):.2f}", *cells, ",".join(map(str, layers)))
-        if name.startswith("random"):
-            random_results.append(scores)
-    if random_results:
-        means = [f"{statistics.mean(scores[kind] for scores in random_results):.1f}" for kind in random_results[0]]
-        table.add_row("random, mean", "", *means, "")
-    Console(width=140).print(table)
+        row = [choice.flops_ratio, cost.kl, 100 * cost.agreement, *scores.values()]
+        if "random" in choice.name:
+            rows = next(rows for fraction, rows in at_random.items() if choice.name.startswith(f"{fraction:.0%}"))
+            rows.append(row)
+            if len(rows) < seeds:
+                continue
+            row = [statistics.mean(column) for column in zip(*rows)]
+            spread = statistics.stdev(row[-2] for row in rows) if seeds > 1 else 0
+            choice = choice._replace(name=f"{choice.name.split(',')[0]}, mean of {seeds} (all: ± {spread:.1f})")
+        table.add_row(choice.name, f"{row[0]:.2f}", f"{row[1]:.3f}", *(f"{value:.1f}" for value in row[2:]))
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Synthetic pictures of coloured shapes, with questions and captions: the data of the embedded checkpoint.
 
-A picture is a 3 x 3 grid of cells; each of its one to five shapes stands in a cell of its own, a little off the centre.
+A picture is a 3 x 3 grid of cells; each of its one to three shapes stands in a cell of its own, a little off centre.
 Everything is drawn from the `random.Random` passed in, so a seed names a picture and its questions.
 """
 
@@ -24,8 +24,9 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+WORDS = (*COLORS, *SHAPES, "top", "bottom", "left", "right", "center")  # answers that name what a patch shows
 KINDS = ("existence", "color", "shape", "count", "position")
-MAX_OBJECTS = 5
+MAX_OBJECTS = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class ColoredShape:
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def words(self) -> list[str]:
+        """All that can be said of it: colour, shape and position."""
+        return [self.color, self.shape, *POSITIONS[self.cell].split()]
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,11 @@ class Question:
     answer: str
 
 
-def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
+def make_scene(rng: random.Random) -> Scene:
     """Draw a scene. Colours and shapes come from a pool of three each, so that counts above one are common."""
     colors, shapes = rng.sample(list(COLORS), 3), rng.sample(SHAPES, 3)
     pairs = [(color, shape) for color in colors for shape in shapes]
-    number = rng.randint(1, max_objects)
+    number = rng.randint(1, MAX_OBJECTS)
     objects = []
     for cell, (color, shape) in zip(sorted(rng.sample(range(9), number)), rng.sample(pairs, number)):
         row, column = divmod(cell, 3)
@@ -151,9 +157,15 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
         text = f"What shape is the {item.color} object?"
         return Question(kind, text, item.shape) if scene.count(item.color) == 1 else None
     if kind == "count":
-        color, shape = (item.color, item.shape) if rng.random() < 0.8 else (rng.choice(list(COLORS)), rng.choice(SHAPES))
+        color, shape = (
+            (item.color, item.shape) if rng.random() < 0.8 else (rng.choice(list(COLORS)), rng.choice(SHAPES))
+        )
         word, number = rng.choice(
-            [("objects", len(scene.objects)), (f"{color} objects", scene.count(color)), (plural(shape), scene.count(shape))]
+            [
+                ("objects", len(scene.objects)),
+                (f"{color} objects", scene.count(color)),
+                (plural(shape), scene.count(shape)),
+            ]
         )
         return Question(kind, f"How many {word} are there?", str(number))
     if kind == "position":

@@ -1,7 +1,8 @@
-"""Train the embedded LLaVA from scratch on synthetic shapes: `python -m shortv_llava.checkpoints.train --work training`.
+"""Train the embedded LLaVA from scratch on shapes: `python -m shortv_llava.checkpoints.train --work training`.
 
-1. The vision tower is warmed up on what each of its patches shows (colour and shape).
-2. Vision tower, projector and language model are trained together on questions and answers, loss on the answers alone.
+1. Vision tower and projector are aligned with the word embeddings: the visual token of a patch shall be like the words
+   for what the patch shows. Finding what a question names is then a matter of like and like.
+2. The language model is trained on questions and answers, with the loss on the answers alone.
 
 An interrupted run continues where it stopped: each step draws its pictures from its own number.
 """
@@ -11,7 +12,6 @@ import os
 import random
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import typer
@@ -34,25 +34,10 @@ from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.prompts import CAPTION_PROMPT, VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
-WARM_UP = {"steps": 1500, "batch": 96, "lr": 1e-3}
-LR = 1e-3
-
-
-class Stage(NamedTuple):
-    """A part of the training, with a learning rate schedule of its own."""
-
-    steps: int
-    batch: int
-    turns: int  # questions about a picture
-    max_objects: int
-    weights: tuple[int, ...]  # how often each of shapes.KINDS is asked
-
-
-STAGES = {
-    "first": Stage(2400, 24, 6, shapes.MAX_OBJECTS, (1, 1, 1, 1, 1)),
-    "few objects": Stage(700, 16, 8, 2, (4, 1, 1, 1, 2)),  # existence is learnt where there is little to search
-    "second": Stage(1900, 16, 10, shapes.MAX_OBJECTS, (2, 1, 1, 1, 2)),
-}
+ALIGNMENT = {"steps": 600, "batch": 96, "lr": 1e-3}
+TRAINING = {"steps": 1200, "batch": 24, "lr": 1e-3}
+TURNS = 8  # questions about a picture
+KIND_WEIGHTS = (2, 1, 1, 1, 1)  # how often each of shapes.KINDS is asked
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
@@ -63,7 +48,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         rng = random.Random(f"tokenizer/{index}")
         scene = shapes.make_scene(rng)
         corpus += [shapes.caption(scene)]
-        corpus += [f" {part}" for question in shapes.ask_several(scene, 3, rng) for part in (question.text, question.answer)]
+        corpus += [
+            f" {part}" for question in shapes.ask_several(scene, 3, rng) for part in (question.text, question.answer)
+        ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,6 +98,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         num_key_value_heads=3,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
+        initializer_range=0.05,  # the usual 0.02 is for wider models
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -139,18 +127,15 @@ def pixels(scenes: list[shapes.Scene], processor: CLIPImageProcessor) -> torch.T
     return processor([shapes.draw(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
 
 
-def patch_classes(scene: shapes.Scene) -> list[tuple[int, int]]:
-    """For each patch in reading order, colour and shape of the object whose disc holds its centre; 0 for none."""
-    side, classes = shapes.IMAGE_SIZE // PATCH, []
+def patch_words(scene: shapes.Scene) -> list[list[float]]:
+    """For each patch in reading order, which of shapes.WORDS hold for the object whose disc holds its centre."""
+    side, found = shapes.IMAGE_SIZE // PATCH, []
     for row in range(side):
         for column in range(side):
             x, y = (column + 0.5) * PATCH, (row + 0.5) * PATCH
-            found = (0, 0)
-            for item in scene.objects:
-                if (item.center[0] - x) ** 2 + (item.center[1] - y) ** 2 < item.radius**2:
-                    found = (1 + list(shapes.COLORS).index(item.color), 1 + shapes.SHAPES.index(item.shape))
-            classes.append(found)
-    return classes
+            inside = [o.words for o in scene.objects if (o.center[0] - x) ** 2 + (o.center[1] - y) ** 2 < o.radius**2]
+            found.append([float(any(word in words for words in inside)) for word in shapes.WORDS])
+    return found
 
 
 class Conversations:
@@ -162,8 +147,8 @@ class Conversations:
         self.encode = lru_cache(maxsize=None)(lambda text: tuple(self.tokenizer.encode(text, add_special_tokens=False)))
         self.image_tokens = image_tokens
 
-    def turns(self, scene: shapes.Scene, stage: Stage, rng: random.Random) -> list[tuple[str, str]]:
-        asked = shapes.ask_several(scene, stage.turns, rng, stage.weights)
+    def turns(self, scene: shapes.Scene, rng: random.Random) -> list[tuple[str, str]]:
+        asked = shapes.ask_several(scene, TURNS, rng, KIND_WEIGHTS)
         turns = [(question.text, question.answer) for question in asked]
         if rng.random() < 0.25:
             turns[rng.randrange(len(turns))] = (CAPTION_PROMPT, shapes.caption(scene))
@@ -184,11 +169,11 @@ class Conversations:
             add(f" {answer}{EOS}", learn=True)
         return ids, labels
 
-    def batch(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        """Inputs and labels of a step of the stage of that name."""
-        rng, stage = random.Random(f"{name}/{step}"), STAGES[name]
-        scenes = [shapes.make_scene(rng, stage.max_objects) for _ in range(stage.batch)]
-        rows = [self.tokens(self.turns(scene, stage, rng)) for scene in scenes]
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """Inputs and labels of a step."""
+        rng = random.Random(f"training/{step}")
+        scenes = [shapes.make_scene(rng) for _ in range(TRAINING["batch"])]
+        rows = [self.tokens(self.turns(scene, rng)) for scene in scenes]
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         return {
@@ -281,27 +266,34 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
     model = make_model(processor.tokenizer)
-    vision = model.model.vision_tower
-    head = nn.Linear(vision.config.hidden_size, 1 + len(shapes.COLORS) + 1 + len(shapes.SHAPES))
+    words = torch.tensor([processor.tokenizer.encode(f" {word}", add_special_tokens=False) for word in shapes.WORDS])
+    embeddings = model.get_input_embeddings()
 
-    def warm_up_loss(step: int) -> torch.Tensor:
-        rng = random.Random(f"warm-up/{step}")
-        scenes = [shapes.make_scene(rng) for _ in range(WARM_UP["batch"])]
-        states = vision(pixels(scenes, processor.image_processor), output_hidden_states=True).hidden_states
-        color, shape = head(states[model.config.vision_feature_layer][:, 1:]).split((1 + len(shapes.COLORS), 1 + len(shapes.SHAPES)), -1)
-        target = torch.tensor([patch_classes(scene) for scene in scenes])
-        cross_entropy = nn.functional.cross_entropy
-        return cross_entropy(color.flatten(0, 1), target[..., 0].flatten()) + cross_entropy(
-            shape.flatten(0, 1), target[..., 1].flatten()
-        )
+    def alignment_loss(step: int) -> torch.Tensor:
+        rng = random.Random(f"alignment/{step}")
+        scenes = [shapes.make_scene(rng) for _ in range(ALIGNMENT["batch"])]
+        states = model.model.vision_tower(
+            pixels(scenes, processor.image_processor), output_hidden_states=True
+        ).hidden_states
+        tokens = model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
+        likeness = tokens @ embeddings(words[:, 0]).T  # (batch, patches, words)
+        shown = torch.tensor([patch_words(scene) for scene in scenes])
+        return nn.functional.binary_cross_entropy_with_logits(likeness.float(), shown)
 
-    warm = nn.ModuleDict({"vision": vision, "head": head})
-    run("warm-up", warm, warm_up_loss, WARM_UP["steps"], WARM_UP["lr"], work)
+    aligned = nn.ModuleDict(
+        {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "embeddings": embeddings}
+    )
+    run("alignment", aligned, alignment_loss, ALIGNMENT["steps"], ALIGNMENT["lr"], work)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(embeddings.weight)
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.requires_grad_(False)  # what the patches show is learnt; now it must stay
 
     conversations = Conversations(processor, model.config.image_seq_length)
     whole = nn.ModuleDict({"model": model})
-    for name, stage in STAGES.items():
-        run(name, whole, lambda step, name=name: model(**conversations.batch(name, step)).loss, stage.steps, LR, work)
+    run(
+        "training", whole, lambda step: model(**conversations.batch(step)).loss, TRAINING["steps"], TRAINING["lr"], work
+    )
     save(model, processor, output)
     save_samples(output.parent / "samples")
 

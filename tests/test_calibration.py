@@ -109,7 +109,16 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
 def test_two_processes_find_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one).returncode == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "shortv_llava.calibrate"]
     done = run(two, launch=launch)
     assert done.returncode == 0, done.stderr
@@ -312,4 +321,3 @@ class TestData:
         prompt = make_prompt(processor, "What is it?")
         assert prompt.startswith("A chat between a curious human") and prompt.count("A chat") == 1
         assert prompt.endswith(" USER: <image>\nWhat is it? ASSISTANT:")
-

@@ -81,7 +81,9 @@ def test_calibrating_a_package_again_needs_overwrite_and_keeps_it_on_failure(pac
     assert shortv("package", package_folder, "--layers", "none", "--output", output).returncode == 0
     before = (output / "config.json").read_text()
     assert json.loads(before)["replaced_layers"] == []
-    assert_fails(shortv("package", CHECKPOINT, "--layers", "1", "--output", output), "holds a package already", "--overwrite")
+    assert_fails(
+        shortv("package", CHECKPOINT, "--layers", "1", "--output", output), "holds a package already", "--overwrite"
+    )
     assert_fails(shortv("package", CHECKPOINT, "--layers", "12", "--output", output, "--overwrite"), "12", "0 to 11")
     assert (output / "config.json").read_text() == before
     assert shortv("package", CHECKPOINT, "--layers", "1", "--output", output, "--overwrite").returncode == 0
@@ -102,7 +104,9 @@ def test_published_layers_by_name_and_by_id(name):
 
 class TestBadInput:
     def test_missing_folder(self, tmp_path):
-        assert_fails(shortv("package", tmp_path / "none", "--layers", "1", "--output", tmp_path / "out"), "no such folder")
+        assert_fails(
+            shortv("package", tmp_path / "none", "--layers", "1", "--output", tmp_path / "out"), "no such folder"
+        )
         assert left_in(tmp_path) == []
 
     def test_hub_out_of_reach(self, tmp_path):
@@ -111,7 +115,9 @@ class TestBadInput:
         assert left_in(tmp_path) == []
 
     def test_unknown_published_model(self, tmp_path):
-        assert_fails(shortv("package", CHECKPOINT, "--output", tmp_path / "out"), "no layers are published", "llava-1.5-7b")
+        assert_fails(
+            shortv("package", CHECKPOINT, "--output", tmp_path / "out"), "no layers are published", "llava-1.5-7b"
+        )
 
     def test_another_model(self, tmp_path):
         (tmp_path / "bert").mkdir()
@@ -151,7 +157,16 @@ class TestBadInput:
     def test_question_lines(self, tmp_path, questions, line, words):
         with open(questions / "questions.jsonl", "a") as file:
             file.write(line + "\n")
-        data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1, "--held-out", 1)
+        data = (
+            "--data",
+            questions / "questions.jsonl",
+            "--images",
+            questions / "images",
+            "--samples",
+            1,
+            "--held-out",
+            1,
+        )
         assert_fails(shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data), *words)
         assert left_in(tmp_path) == ["data"]
 
@@ -161,7 +176,16 @@ class TestBadInput:
 
     def test_broken_image(self, tmp_path, questions):
         (questions / "images" / "red.png").write_bytes(embedded_samples()[0].image.read_bytes()[:200])
-        data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1, "--held-out", 1)
+        data = (
+            "--data",
+            questions / "questions.jsonl",
+            "--images",
+            questions / "images",
+            "--samples",
+            1,
+            "--held-out",
+            1,
+        )
         done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data)
         assert done.returncode == 1 and "red.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
         assert left_in(tmp_path) == ["data"]

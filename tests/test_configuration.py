@@ -32,11 +32,15 @@ def test_lists_that_are_no_lists(bad):
 def test_a_layer_stands_once():
     with pytest.raises(ValueError, match="replaced_layers: layer 1 is listed here twice"):
         config(replaced_layers=[1, 2, 1])
-    with pytest.raises(ValueError, match="replaced_ffn_layers: layer 2 is listed here and in replaced_attention_layers"):
+    with pytest.raises(
+        ValueError, match="replaced_ffn_layers: layer 2 is listed here and in replaced_attention_layers"
+    ):
         config(replaced_attention_layers=[2], replaced_ffn_layers=[2])
 
 
-@pytest.mark.parametrize("bad", [[1.0] * 3, [1.0] * 5, 3, "abcd", [1.0, 2.0, float("nan"), 1.0], [1.0, "a", 0, 0], [True] * 4])
+@pytest.mark.parametrize(
+    "bad", [[1.0] * 3, [1.0] * 5, 3, "abcd", [1.0, 2.0, float("nan"), 1.0], [1.0, "a", 0, 0], [True] * 4]
+)
 def test_scores_must_be_one_finite_number_a_layer(bad):
     with pytest.raises(ValueError, match="lc_scores"):
         config(lc_scores=bad)

@@ -38,7 +38,9 @@ def test_multi_head_attention_gives_the_papers_formulas():
     h, m, t, v = 4096, 11008, 64, 576
     blocks = block_flops(text_config(h, m, 32, 32), t, v)
     assert blocks.attention + blocks.ffn == 2 * (t + v) * (4 * h + 3 * m) * h + 4 * (t + v) ** 2 * h
-    assert blocks.frozen_attention + blocks.frozen_ffn == 2 * t * (4 * h + 3 * m) * h + 4 * v * h**2 + 4 * t * (t + v) * h
+    assert (
+        blocks.frozen_attention + blocks.frozen_ffn == 2 * t * (4 * h + 3 * m) * h + 4 * v * h**2 + 4 * t * (t + v) * h
+    )
 
 
 def test_visual_tokens_of_an_image():
@@ -50,7 +52,8 @@ def test_visual_tokens_of_an_image():
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
-    "frozen", [{}, {"layers": [1, 3]}, {"attention": [0, 2]}, {"ffn": [1, 2]}, {"layers": [0], "attention": [1], "ffn": [3]}]
+    "frozen",
+    [{}, {"layers": [1, 3]}, {"attention": [0, 2]}, {"ffn": [1, 2]}, {"layers": [0], "attention": [1], "ffn": [3]}],
 )
 @torch.no_grad()
 def test_linear_operations_spent_equal_the_formula(kv_heads, frozen):

@@ -71,7 +71,9 @@ def test_turns_with_a_kept_cache_and_a_new_image(family):
     stock, ours = tiny.pair(family, "llama", 2)
     ours.set_replaced_layers([3, 2, 0], attention=[1])
     caches, mask = {}, torch.ones(2, 0, dtype=torch.long)
-    for turn, layout in enumerate([["ttIttt", "tttItt"], ["t", "t"], ["tttt", "tttt"], ["tItI", "tIIt"], ["tIt", "Itt"]]):
+    for turn, layout in enumerate(
+        [["ttIttt", "tttItt"], ["t", "t"], ["tttt", "tttt"], ["tItI", "tIIt"], ["tIt", "Itt"]]
+    ):
         inputs = tiny.batch(stock, family, layout, seed=turn, same_size=True)  # a turn without padding inside
         mask = torch.cat([mask, inputs["attention_mask"]], dim=1)
         inputs["attention_mask"] = mask

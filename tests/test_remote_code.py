@@ -73,7 +73,9 @@ def test_auto_classes_and_pipeline(package_folder, image, tmp_path):
     assert result["config"] == ["ShortVLlavaConfig", [11, 0, 10, 5, 8, 4, 1]]
     assert result["classes"] == ["ShortVLlavaForConditionalGeneration"] * 3
     assert len(set(result["answers"])) == 1 and result["answers"][0]
-    complaints = [line for line in log.splitlines() if any(w in line.lower() for w in ("support", "initialized", "warn", "error"))]
+    complaints = [
+        line for line in log.splitlines() if any(w in line.lower() for w in ("support", "initialized", "warn", "error"))
+    ]
     assert complaints == []
 
 
@@ -95,7 +97,8 @@ def test_saved_loaded_and_saved_again(package_folder, image, tmp_path):
             assert model.config.replaced_layers == [11, 3] and model.config.model_type == "shortv_llava"
             answers.append(answer(model, AutoProcessor.from_pretrained(target, **trust)))
         saved = json.loads(Path(target, "config.json").read_text())
-        print(json.dumps({"answers": answers, "files": sorted(p.name for p in Path(target).iterdir()), "config": saved}))
+        files = sorted(path.name for path in Path(target).iterdir())
+        print(json.dumps({"answers": answers, "files": files, "config": saved}))
         """,
         package_folder,
         image,

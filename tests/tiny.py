@@ -70,7 +70,7 @@ def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementatio
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa"):
     """(stock model, ShortV model) with the same weights, float32."""
     stock_config, stock_class, our_config, our_class = CLASSES[family]

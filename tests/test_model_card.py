@@ -1,0 +1,225 @@
+"""The model card: true for every kind of package, accepted by the Hub, and kept where a hand has edited it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import Hub, check_card
+from huggingface_hub import EvalResult, ModelCard
+
+from shortv_llava.calibrate.samples import embedded_samples
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.errors import ShortVError
+from shortv_llava.model_card import PICTURE, base_metadata, is_edited, make_card, read_card, write_card
+from shortv_llava.package import PUBLISHED, package_config, write_package
+
+RESULT = EvalResult(
+    task_type="visual-question-answering",
+    dataset_type="lmms-lab/GQA",
+    dataset_name="GQA",
+    dataset_split="testdev",
+    metric_type="exact_match",
+    metric_value=60.9,
+)
+CALIBRATION = {
+    "base": "llava-hf/llava-1.5-7b-hf",
+    "data": ["gqa", "questions.jsonl"],
+    "samples": [f"gqa/{number}" for number in range(20)],
+    "tokens": ["visual", "text"],
+    "direction": "release",
+    "load_in_4bit": False,
+    "choice": {"strategy": "lc", "seed": 3},
+    "granularity": "layer",
+    "flops_ratio": 0.55,
+    "cost": {"kl": 0.1},
+}
+
+
+def published_folder(folder: Path, name: str, **settings) -> Path:
+    """A package folder of a published model's size, without its weights."""
+    folder.mkdir()
+    size, family = (5120, 13824, 40) if "13b" in name else (4096, 11008, 32), "llava"
+    if "next" in name:
+        family = "llava_next"
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = {"num_attention_heads": size[0] // 128, "num_key_value_heads": size[0] // 128}
+    text_config = dict(zip(keys, size)) | heads | {"model_type": "llama"}
+    settings = {"replaced_layers": list(PUBLISHED[name].replaced_layers)} | settings
+    config = package_config({"model_type": family, "text_config": text_config}, **settings)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, figures",
+    [
+        ("llava-1.5-7b", ["| 8.50 | 4.69 | 55.2% | 1.81x |", "99.0%", "1.30x", "576 visual"]),
+        ("llava-1.5-13b", ["| 16.6 | 9.07 |", "99.2%", "1.39x"]),
+        ("llava-next-7b", ["| 42.7 | 21.6 |", "1.44x", "2880 visual"]),
+        ("llava-next-13b", ["| 81.8 | 41.0 |", "99.5%", "1.52x"]),
+    ],
+)
+def test_published_layers(tmp_path, name, figures):
+    folder, model = published_folder(tmp_path / "package", name), PUBLISHED[name]
+    card = make_card(folder, "me/it", base_model=model.hf_id, license="llama2")
+    for figure in figures:
+        assert figure in card.text
+    assert "publish for this checkpoint" in card.text and f"{', '.join(map(str, model.replaced_layers))}." in card.text
+    assert "were chosen on this checkpoint" not in card.text and "Scores of all layers" not in card.text
+    assert "Meta Platforms" in card.text
+    assert card.data.datasets == ["lmms-lab/GQA", "lmms-lab/flickr30k"]
+    assert card.data.tags[:2] == ["custom_code", "shortv"]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert (card.data.base_model, card.data.license) == (model.hf_id, "llama2")
+    assert check_card(str(card)) == ([], [])
+
+    other = make_card(folder, "me/it", base_model="someone/finetune").text
+    assert f"publish for {name}, not calibrated on this checkpoint" in other and "authors' figures" not in other
+
+
+def test_calibrated_layers(tmp_path):
+    scores = [0.5 / (layer + 1) for layer in range(32)]
+    folder = published_folder(
+        tmp_path / "package", "llava-1.5-7b", replaced_layers=[31, 30], lc_scores=scores, calibration=CALIBRATION
+    )
+    text = make_card(folder, "me/it").text
+    for said in [
+        *("(ids from 0): 31, 30.", "- samples: 20", "- seed: 3", "- strategy: lc", "KL(variant || model)"),
+        *("- data: lmms-lab/GQA, questions.jsonl", "| 31 | 1.562e-02 | yes |", "| 0 | 5.000e-01 |  |"),
+    ]:
+        assert said in text
+    assert "chosen on this checkpoint by their Layer Contribution" in text and "| LC of visual tokens |" in text
+    assert "4bit" not in text and "png" not in text and "Measured" not in text and "authors of ShortV" not in text
+
+    (folder / "lc_scores.png").touch()
+    (folder / "tradeoff.png").touch()
+    curve = [
+        {
+            "number": number,
+            "flops_ratio": 1 - number / 64,
+            "cost": {"kl": number / 100, "kl_interval": 0.001, "agreement": 0.9, "nll_change": None},
+        }
+        for number in range(33)
+    ]
+    found = CALIBRATION | {"flops_ratio": 1 - 2 / 64, "held_out": ["a", "b"], "curves": {"layer": curve}}
+    (folder / "calibration.json").write_text(json.dumps(found))
+    card = make_card(folder, "me/it")
+    for said in ["](lc_scores.png)", "](tradeoff.png)", "on 2 samples", "| **2** | **96.9%** | **0.0200 ± 0.0010** |"]:
+        assert said in card.text
+    assert "| 4 | 93.8% |" in card.text and "| 5 | 92" not in card.text
+    assert card.data.datasets == ["lmms-lab/GQA"]
+
+    settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
+    folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
+    text = make_card(folder, "me/it").text
+    assert "chosen on this checkpoint greedily" in text and "LC of text tokens" in text and "publish" not in text
+    (folder / "calibration.json").write_text('{"curves": []}')
+    with pytest.raises(ShortVError, match="calibration.json"):
+        make_card(folder, "me/it")
+
+
+def test_blocks_and_no_layers_at_all(tmp_path):
+    lists = {"replaced_layers": [3], "replaced_attention_layers": [5], "replaced_ffn_layers": [7, 8]}
+    text = make_card(published_folder(tmp_path / "blocks", "llava-1.5-7b", **lists), "me/it").text
+    assert "in 1 of 32 layers and the attention of 1 of 32 layers and the FFN of 2 of 32 layers" in text
+    assert "frozen FFN alone (ids from 0): 7, 8." in text and "given by hand" in text
+    text = make_card(published_folder(tmp_path / "none", "llava-1.5-7b", replaced_layers=[]), "me/it").text
+    assert "with no layer replaced" in text and "| 8.50 | 8.50 | 100.0% | 1.00x |" in text
+
+
+def test_results_become_a_model_index(tmp_path):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    write_card(folder, eval_results=[RESULT])
+    entries = read_card(folder / "README.md").data.to_dict()
+    assert entries["model-index"][0]["name"] == "package"
+    assert entries["model-index"][0]["results"][0]["metrics"] == [{"type": "exact_match", "value": 60.9}]
+    assert "| GQA testdev | exact_match | 60.9 |" in (folder / "README.md").read_text()
+    other = {**RESULT.__dict__, "metric_type": "f1", "metric_value": 1}
+    write_card(folder, eval_results=[EvalResult(**RESULT.__dict__ | {"metric_value": 61.5}), EvalResult(**other)])
+    card = read_card(folder / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [61.5, 1]
+    assert check_card(str(card)) == ([], [])
+
+
+def test_a_card_edited_by_hand_is_kept(tmp_path):
+    folder = tmp_path / "package"
+    write_package(CHECKPOINT, folder, base_model="org/base", replaced_layers=[11, 3])
+    card = read_card(folder / "README.md")
+    assert not is_edited(card, folder)
+    text = str(card).replace("## Limits", "## About\n\nMine.\n\n## Limits").replace("(ids from 0): 11, 3", "(mine) 11")
+    text = re.sub("<!-- shortv:use.*?/shortv:use -->", "My own use.", text, flags=re.S)
+    text = text.replace("- custom_code", "- mine").replace("---\n", "---\nlanguage: fr\nlicense: mit\n", 1)
+    (folder / "README.md").write_text(text)
+    write_package(CHECKPOINT, folder, overwrite=True, replaced_layers=[7])
+    card = read_card(folder / "README.md")
+    assert is_edited(card, folder)
+    for said in ["## About\n\nMine.\n\n## Limits", "My own use.", "(ids from 0): 7."]:
+        assert said in card.text
+    assert "(mine)" not in card.text and "pipeline(" not in card.text
+    assert (card.data.language, card.data.license, card.data.base_model) == ("fr", "mit", "org/base")
+    assert "mine" in card.data.tags and "custom_code" in card.data.tags
+
+    (folder / "README.md").write_text("Only mine.")
+    write_card(folder)
+    assert read_card(folder / "README.md").text == "Only mine."
+
+
+def test_what_the_base_says_of_itself(tmp_path):
+    snapshot = tmp_path / "models--org--base" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    assert not any(base_metadata(tmp_path).values())
+    (snapshot / "LICENSE.txt").write_text("\n   LLAMA 2 COMMUNITY LICENSE AGREEMENT\n")
+    assert base_metadata(snapshot)["base_model"] == "org/base"
+    assert base_metadata(snapshot, "me/other")["base_model"] == "me/other"
+    assert base_metadata(snapshot)["license"] == "llama2"
+    entries = "license: other\nlicense_name: theirs\nlicense_link: LICENSE.txt\nbase_model: some/ancestor\n"
+    (snapshot / "README.md").write_text(f"---\n{entries}---\n")
+    known = base_metadata(snapshot)
+    assert (known["license"], known["license_name"], known["base_model"]) == ("other", "theirs", "org/base")
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    (folder / "LICENSE.txt").touch()
+    card = make_card(folder, "me/it", **known)
+    assert "[theirs](LICENSE.txt)" in card.text and check_card(str(card)) == ([], [])
+    assert make_card(folder, "me/it", card, license="mit").data.license_name is None
+    (snapshot / "README.md").write_text("---\n[\n---\n")
+    assert base_metadata(snapshot)["license"] == "llama2"
+
+
+def test_the_package_of_a_package_has_the_same_base(tmp_path):
+    write_package(CHECKPOINT, tmp_path / "one", base_model="org/base", replaced_layers=[1])
+    write_package(tmp_path / "one", tmp_path / "two", replaced_layers=[2])
+    assert read_card(tmp_path / "two" / "README.md").data.base_model == "org/base"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_snippets_run_as_printed(tmp_path, number):
+    """But for the picture, whose address no test may reach, and a question that the small model knows the words of."""
+    folder = tmp_path / "shapes-shortv"
+    write_package(CHECKPOINT, folder, replaced_layers=[11, 3])
+    snippets = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)
+    assert len(snippets) == 2 and PICTURE in snippets[number]
+    sample = embedded_samples()[0]
+    code = snippets[number].replace(PICTURE, str(sample.image)).replace("What is in this picture?", sample.question)
+    with Hub() as hub:
+        env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_accepted_by_the_hub_s_validation(tmp_path):
+    from huggingface_hub import HfApi
+
+    write_package(CHECKPOINT, tmp_path / "package", base_model="org/base", replaced_layers=[11, 3])
+    write_card(tmp_path / "package", license="apache-2.0", eval_results=[RESULT])
+    with Hub() as hub:
+        HfApi(token=hub.token).create_repo("alice/it")
+        HfApi(token=hub.token).upload_file(
+            path_or_fileobj=tmp_path / "package" / "README.md", path_in_repo="README.md", repo_id="alice/it"
+        )
+        assert [call.status for call in hub.requests if call.endpoint == "validate_yaml"] == [200]
+        loaded = ModelCard(hub.files("alice/it")["README.md"].decode())
+    assert loaded.data.eval_results == [RESULT]
