@@ -67,5 +67,6 @@ def run(output: Path) -> None:
     speed = compare(wide_stock, wide, make_inputs(wide, text_tokens=64), pairs=5)
     console.print(
         f"{len(wide.config.replaced_layers)} of 16 layers replaced: "
-        f"{speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, {speed.speed_up:.2f}x (the FLOPs allow {speed.bound:.2f}x)"
+        f"{speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, {speed.speed_up:.2f}x (the FLOPs allow "
+        f"{speed.bound:.2f}x)"
     )

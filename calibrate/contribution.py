@@ -162,7 +162,7 @@ def _last_positions(inputs, states: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
-    """What the language model would call its layers with: states (B, S, h) for the first, keyword arguments for each."""
+    """What the language model would call its layers with: states (B, S, h) for the first, keywords for each."""
     layers = model.model.language_model.layers
     states, calls = [], []
 

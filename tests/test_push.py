@@ -15,6 +15,7 @@ from hub import Hub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi, ModelCard, constants
 from huggingface_hub.utils import _cache_assets
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from shortv_llava import push_to_hub
 from shortv_llava.calibrate.samples import embedded_samples
@@ -161,7 +162,8 @@ def test_only_what_differs_is_committed(hub, folder):
 def test_dry_run(hub, folder, tmp_path):
     done = shortv(hub, tmp_path, "push", folder, REPO, "--license", "mit", "--dry-run", token=None)
     assert done.returncode == 0, done.stderr
-    assert f"add      14.8MB {WEIGHTS}" in done.stdout and "dry run" in done.stdout
+    size = tqdm.format_sizeof((folder / WEIGHTS).stat().st_size, "B")
+    assert f"add    {size:>8} {WEIGHTS}\n" in done.stdout and "dry run" in done.stdout
     assert hub.repos() == [BASE] and hub.received_bytes == 0
     push(folder, REPO, license="mit")
     refs = hub.refs(REPO)
