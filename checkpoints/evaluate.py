@@ -69,9 +69,9 @@ def caption_accuracy(model, processor, scenes: Sequence[shapes.Scene]) -> float:
     return 100 * statistics.mean(text == shapes.caption(scene) for text, scene in zip(given, scenes))
 
 
-def choices(model, processor, seeds: int) -> Iterator[Frozen]:
-    """The dense model, then every strategy at every fraction."""
-    samples = draw(embedded_samples(), 40, seed=0)
+def choices(model, processor, fractions: Sequence[float], seeds: int) -> Iterator[Frozen]:
+    """The dense model, then every strategy at every fraction of the layers."""
+    samples = draw(embedded_samples(), 20, seed=0)
     inputs = make_inputs(processor, samples)
     meter = CostMeter(model, processor, samples)
     layers, blocks = (Units(model.config, granularity) for granularity in ("layer", "block"))
@@ -98,7 +98,7 @@ def choices(model, processor, seeds: int) -> Iterator[Frozen]:
     ]
     orders += [(f"random layers, seed {seed}", layers, layers.order_at_random(seed)) for seed in range(seeds)]
     yield Frozen("dense", layers.frozen([]), 1.0)
-    for fraction in FRACTIONS:
+    for fraction in fractions:
         target = layers.ratio(range(number_of_layers(layers.num_layers, fraction)))
         for name, units, order in orders:
             units_frozen = order[: units.reaching(order, target)]
@@ -109,6 +109,7 @@ def main(
     questions: Annotated[int, typer.Option(help="Held-out questions with a short answer.")] = 1000,
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 100,
     seeds: Annotated[int, typer.Option(help="Random choices of layers.")] = 5,
+    fraction: Annotated[list[float], typer.Option(help="Of the layers to freeze; several.")] = list(FRACTIONS),  # noqa: B006,B008
 ) -> None:
     """Print the table of the README."""
     model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
@@ -119,14 +120,14 @@ def main(
 
     columns = ("FLOPs ratio", "KL", "agreement", *shapes.KINDS, "all", "captions")
     table = Table("frozen", *columns, box=box.MARKDOWN)
-    at_random = {fraction: [] for fraction in FRACTIONS}
-    for choice in list(choices(model, processor, seeds)):
+    at_random = {share: [] for share in fraction}
+    for choice in tqdm(list(choices(model, processor, fraction, seeds)), desc="choices"):
         cost = meter.measure(choice.lists)
         model.set_replaced_layers(*choice.lists.values())
         scores = accuracy(model, processor, asked) | {"captions": caption_accuracy(model, processor, scenes)}
         row = [choice.flops_ratio, cost.kl, 100 * cost.agreement, *scores.values()]
         if "random" in choice.name:
-            rows = next(rows for fraction, rows in at_random.items() if choice.name.startswith(f"{fraction:.0%}"))
+            rows = next(rows for share, rows in at_random.items() if choice.name.startswith(f"{share:.0%}"))
             rows.append(row)
             if len(rows) < seeds:
                 continue

@@ -37,7 +37,9 @@ LLAVA_HF_CHAT_TEMPLATE = (
 def next_model():
     """A random LLaVA-NeXT that speaks the embedded checkpoint's tokens, and its processor."""
     torch.manual_seed(0)
-    settings = tiny.config_dict("llava_next", vocab_size=494) | {"image_token_index": 493}
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    settings = tiny.config_dict("llava_next", vocab_size=len(tokenizer)) | {"image_token_index": image_token}
     model = ShortVLlavaNextForConditionalGeneration(ShortVLlavaNextConfig(**settings)).eval()
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": 28},
@@ -46,7 +48,7 @@ def next_model():
     )
     processor = LlavaNextProcessor(
         image_processor,
-        AutoTokenizer.from_pretrained(CHECKPOINT),
+        tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
