@@ -27,6 +27,7 @@ from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap, number_of_layers
 from shortv_llava.errors import ShortVError
+from shortv_llava.model_card import write_card
 from shortv_llava.package import JOURNAL, check_output, write_package
 
 STRATEGIES = ("lc", "greedy", "cosine", "random")
@@ -278,6 +279,7 @@ def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str,
         unfinished = output / f".unfinished-{name}"
         draw(unfinished)
         os.replace(unfinished, output / name)
+    write_card(output)  # now that there is more to tell
 
     console = Console()
     console.print(report.score_table(series, taken.frozen, shares.tolist()))

@@ -226,7 +226,9 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
         old = next(prefix for prefix in names if name.startswith(prefix))
         tensors[names[old] + name.removeprefix(old)] = tensor.to(torch.bfloat16).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    weights.unlink(missing_ok=True)  # packages may be hard-linked to it
+    save_file(tensors, weights, metadata={"format": "pt"})
     model.config.architectures, model.config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
     model.config.save_pretrained(folder)
     text = model.config.text_config

@@ -74,6 +74,7 @@ def test_what_a_calibration_writes(calibrated):
         with Image.open(calibrated / name) as picture:
             assert picture.width > 500
     assert str(calibrated.parent) not in (calibrated / "config.json").read_text()
+    assert "lc_scores.png" in (calibrated / "README.md").read_text()
     assert not (calibrated / JOURNAL).exists()
 
 

@@ -41,7 +41,8 @@ def questions(tmp_path) -> Path:
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (96, 96), "red").save(folder / "images" / "red.png")
     Image.new("RGB", (96, 96), "blue").save(folder / "outside.png")
-    (folder / "questions.jsonl").write_text('{"question_id": 7, "image": "red.png", "text": "Is it red?"}\n')
+    lines = [f'{{"question_id": {i}, "image": "red.png", "text": "Is it red?", "answer": "yes"}}\n' for i in (7, 8)]
+    (folder / "questions.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -64,8 +65,6 @@ def test_package_from_given_layers(tmp_path):
 def test_calibrate_on_own_questions(tmp_path, questions):
     output = tmp_path / "made"
     data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1, "--held-out", 1)
-    with open(questions / "questions.jsonl", "a") as file:
-        file.write('{"question_id": 8, "image": "red.png", "text": "What color is it?", "answer": "red"}\n')
     done = shortv("calibrate", CHECKPOINT, "--output", output, *data, "--num-layers", 5, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     config = json.loads((output / "config.json").read_text())
@@ -146,12 +145,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "line, words",
         [
-            ("{not json", ["line 2", "not JSON"]),
-            ('["a"]', ["line 2", "object"]),
-            ('{"text": "What?"}', ["line 2", "image"]),
-            ('{"image": "none.png", "text": "What?"}', ["line 2", "none.png"]),
-            ('{"image": "../outside.png", "text": "What?"}', ["line 2", "outside"]),
-            ('{"image": "/etc/passwd", "text": "What?"}', ["line 2", "outside"]),
+            ("{not json", ["line 3", "not JSON"]),
+            ('["a"]', ["line 3", "object"]),
+            ('{"text": "What?"}', ["line 3", "image"]),
+            ('{"image": "none.png", "text": "What?"}', ["line 3", "none.png"]),
+            ('{"image": "../outside.png", "text": "What?"}', ["line 3", "outside"]),
+            ('{"image": "/etc/passwd", "text": "What?"}', ["line 3", "outside"]),
         ],
     )
     def test_question_lines(self, tmp_path, questions, line, words):
