@@ -12,6 +12,7 @@ import os
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import typer
@@ -35,9 +36,10 @@ from shortv_llava.prompts import CAPTION_PROMPT, VICUNA_CHAT_TEMPLATE, VICUNA_SY
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
 ALIGNMENT = {"steps": 600, "batch": 96, "lr": 1e-3}
-TRAINING = {"steps": 1200, "batch": 24, "lr": 1e-3}
-TURNS = 8  # questions about a picture
-KIND_WEIGHTS = (2, 1, 1, 1, 1)  # how often each of shapes.KINDS is asked
+TRAINING = {"steps": 2000, "batch": 20, "lr": 1e-3}
+QUESTIONS = 12  # about a picture
+CONVERSATIONS = 0.2  # of the rows; in the others no question sees another
+KIND_WEIGHTS = (2, 1, 1, 1, 2)  # how often each of shapes.KINDS is asked
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
@@ -138,50 +140,76 @@ def patch_words(scene: shapes.Scene) -> list[list[float]]:
     return found
 
 
+class Row(NamedTuple):
+    """Questions and answers about one picture, one list item a token."""
+
+    input_ids: list[int]
+    labels: list[int]  # the answers; -100 elsewhere
+    position_ids: list[int]
+    segments: list[int]  # 0 is seen by all that follows, any other only by its own
+
+
 class Conversations:
-    """Batches of several question-answer turns about one picture each, as token ids with labels on the answers."""
+    """Batches of questions about pictures: as conversations, or each question for itself.
+
+    A conversation gives away what is in the picture by what was asked before; on such rows alone a model learns to
+    guess from that and never to look for what a question names.
+    """
 
     def __init__(self, processor: LlavaProcessor, image_tokens: int):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.encode = lru_cache(maxsize=None)(lambda text: tuple(self.tokenizer.encode(text, add_special_tokens=False)))
+        self.encode = lru_cache(maxsize=None)(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
         self.image_tokens = image_tokens
 
-    def turns(self, scene: shapes.Scene, rng: random.Random) -> list[tuple[str, str]]:
-        asked = shapes.ask_several(scene, TURNS, rng, KIND_WEIGHTS)
+    def questions(self, scene: shapes.Scene, rng: random.Random) -> list[tuple[str, str]]:
+        asked = shapes.ask_several(scene, QUESTIONS, rng, KIND_WEIGHTS)
         turns = [(question.text, question.answer) for question in asked]
         if rng.random() < 0.25:
             turns[rng.randrange(len(turns))] = (CAPTION_PROMPT, shapes.caption(scene))
         return turns
 
-    def tokens(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation whose first turn holds the image."""
-        ids, labels = [self.tokenizer.bos_token_id], [-100]
+    def row(self, turns: list[tuple[str, str]], conversation: bool) -> Row:
+        prefix = [
+            self.tokenizer.bos_token_id,
+            *self.encode(f"{VICUNA_SYSTEM} USER: "),
+            *self.encode(IMAGE) * self.image_tokens,
+        ]
+        row = Row([], [], [], [])
 
-        def add(text: str, learn: bool = False) -> None:
-            new = self.encode(text)
-            ids.extend(new)
-            labels.extend(new if learn else [-100] * len(new))
+        def add(tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
+            row.input_ids.extend(tokens)
+            row.labels.extend(tokens if learn else [-100] * len(tokens))
+            row.position_ids.extend(range(position, position + len(tokens)))
+            row.segments.extend([segment] * len(tokens))
+            return position + len(tokens)
 
-        add(f"{VICUNA_SYSTEM} ")
+        start = add(prefix, 0, 0)
         for number, (question, answer) in enumerate(turns):
-            add("USER: " + (IMAGE * self.image_tokens + "\n" if number == 0 else "") + question + " ASSISTANT:")
-            add(f" {answer}{EOS}", learn=True)
-        return ids, labels
+            opening = "USER: " if conversation and number else "\n"
+            segment = 0 if conversation else number + 1
+            end = add(self.encode(f"{opening}{question} ASSISTANT:"), start, segment)
+            end = add(self.encode(f" {answer}{EOS}"), end, segment, learn=True)
+            if conversation:
+                start = end
+        return row
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Inputs and labels of a step."""
         rng = random.Random(f"training/{step}")
         scenes = [shapes.make_scene(rng) for _ in range(TRAINING["batch"])]
-        rows = [self.tokens(self.turns(scene, rng)) for scene in scenes]
-        length = max(len(ids) for ids, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-            "pixel_values": pixels(scenes, self.processor.image_processor),
-        }
+        rows = [self.row(self.questions(scene, rng), rng.random() < CONVERSATIONS) for scene in scenes]
+        length = max(len(row.input_ids) for row in rows)
+        fill = Row(self.tokenizer.pad_token_id, -100, 0, -1)
+        columns = [
+            torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in column])
+            for column, value in zip(zip(*rows), fill)
+        ]
+        batch = Row(*columns)._asdict()
+        segments = batch.pop("segments")
+        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        return batch | {"pixel_values": pixels(scenes, self.processor.image_processor)}
 
 
 def run(name: str, modules: nn.ModuleDict, loss_of, steps: int, lr: float, work: Path) -> None:
@@ -263,7 +291,7 @@ def save_samples(folder: Path, number: int = 60) -> None:
 
 
 def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 0) -> None:
-    """Train the checkpoint (about 80 minutes on two cores); state is kept in WORK, the result written to OUTPUT."""
+    """Train the checkpoint (about an hour on two cores); state is kept in WORK, the result written to OUTPUT."""
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
