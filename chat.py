@@ -1,14 +1,12 @@
 """Chat in a terminal: a conversation whose cache is kept between turns, and the commands around it."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -16,26 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
-    PreTrainedModel,
-    ProcessorMixin,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import load_image
-from shortv_llava.package import (
-    MODEL_TYPES,
-    find_checkpoint,
-    load_model,
-    load_processor,
-    package_config,
-    parse_layers,
-    read_config,
-)
+from shortv_llava.package import parse_layers
 from shortv_llava.prompts import VICUNA_SYSTEM
-
-LAYERS_VARIABLE = "REPLACED_LAYERS"
 
 HELP = """\
 /image FILE|URL  attach an image to the next question; several, one by one
@@ -268,46 +254,6 @@ class Conversation:
         if self.warpers is None:
             return int(logits.argmax())
         return int(torch.multinomial(self.warpers(None, logits).softmax(dim=-1).cpu(), 1, generator=self.generator))
-
-
-class Loaded(NamedTuple):
-    """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    package_layers: tuple[list[int], list[int], list[int]]
-
-
-def load(
-    base: str,
-    replaced_layers: str | None = None,
-    dtype: str = "auto",
-    device_map: str | None = "auto",
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-) -> Loaded:
-    """The model and processor of a folder or Hub id.
-
-    The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
-    checkpoint, those of the environment variable REPLACED_LAYERS, else none.
-
-    Raises:
-        ShortVError: if there is no such model, or no library to quantise it.
-        ValueError: if the layers do not fit it.
-    """
-    folder = find_checkpoint(base)
-    config = read_config(folder)
-    if replaced_layers is None and config["model_type"] not in MODEL_TYPES.values():
-        replaced_layers = os.environ.get(LAYERS_VARIABLE)
-    layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
-    if layers is not None:
-        package_config(config, replaced_layers=layers)  # checks them before the weights are read
-    processor = load_processor(folder)
-    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map)
-    if layers is not None:
-        model.set_replaced_layers(layers)
-    own = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
-    return Loaded(model, processor, tuple(config.get(key, []) for key in own))
 
 
 class Terminal:

@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError
 
@@ -41,13 +41,11 @@ OTHER_PATTERNS = (
     "generation_config.json",
     *TERMS_PATTERNS,
 )
+LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 MODEL_TYPES = {"llava": "shortv_llava", "llava_next": "shortv_llava_next"}
-# What a package's config.json says beyond its base's.
-OWN_KEYS = (
-    *("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers"),
-    *("lc_scores", "calibration", "auto_map"),
-)
+LAYER_LISTS = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
+OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
 
 
 class PublishedModel(NamedTuple):
@@ -388,11 +386,13 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
 
     Args:
         load_in_4bit, load_in_8bit: quantise the language model through bitsandbytes, as the original code does.
-        kwargs: of `from_pretrained`, such as `dtype` and `device_map`.
+        kwargs: of `from_pretrained`, such as `dtype` and `device_map`; without one, the device that accelerate has for
+            this process.
 
     Raises:
         ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
     """
+    from accelerate import PartialState
     from transformers import BitsAndBytesConfig
 
     from shortv_llava import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
@@ -407,6 +407,8 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
+    if kwargs.get("device_map") is None:
+        kwargs["device_map"] = {"": PartialState().device}
     is_next = "next" in read_config(folder)["model_type"]
     model_class = ShortVLlavaNextForConditionalGeneration if is_next else ShortVLlavaForConditionalGeneration
     config = model_class.config_class.from_pretrained(folder)
@@ -436,3 +438,42 @@ def load_processor(folder: Path):
     if not getattr(processor, "chat_template", None):
         raise ShortVError(f"{folder}: has no chat template; put chat_template.jinja there")
     return processor
+
+
+class Loaded(NamedTuple):
+    """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
+
+    model: Any
+    processor: Any
+    package_layers: tuple[list[int], list[int], list[int]]
+
+
+def load(
+    base: str,
+    replaced_layers: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+) -> Loaded:
+    """The model and processor of a folder or Hub id.
+
+    The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
+    checkpoint, those of the environment variable REPLACED_LAYERS, else none.
+
+    Raises:
+        ShortVError: if there is no such model, or no library to quantise it.
+        ValueError: if the layers do not fit it.
+    """
+    folder = find_checkpoint(base)
+    config = read_config(folder)
+    if replaced_layers is None and config["model_type"] not in MODEL_TYPES.values():
+        replaced_layers = os.environ.get(LAYERS_VARIABLE)
+    layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
+    if layers is not None:
+        package_config(config, replaced_layers=layers)  # checks them before the weights are read
+    processor = load_processor(folder)
+    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map)
+    if layers is not None:
+        model.set_replaced_layers(layers)
+    return Loaded(model, processor, tuple(config.get(key, []) for key in LAYER_LISTS))

@@ -31,3 +31,15 @@ VICUNA_CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
+
+
+def make_prompt(processor, question: str, num_images: int = 1) -> str:
+    """The prompt of a first turn, up to where the answer begins.
+
+    Pictures come first, unless the question has places for them, an image token each. Vicuna's system sentence is put
+    in front where the chat template leaves it out, as those of llava-hf do.
+    """
+    num_first = num_images - question.count(processor.image_token)
+    content = [{"type": "image"}] * num_first + [{"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"{VICUNA_SYSTEM} {prompt}" if prompt.startswith("USER:") else prompt

@@ -9,6 +9,7 @@ import torch
 
 from shortv_llava.calibrate.contribution import Direction, dense, divergence
 from shortv_llava.calibrate.samples import Sample, make_inputs
+from shortv_llava.package import LAYER_LISTS
 
 
 class Cost(NamedTuple):
@@ -57,9 +58,7 @@ class CostMeter:
         """Cost of freezing, `frozen` as in the configuration: lists by name."""
         divergences, agreed, changes = [], [], []
         with dense(self.model):
-            self.model.set_replaced_layers(
-                frozen["replaced_layers"], frozen["replaced_attention_layers"], frozen["replaced_ffn_layers"]
-            )
+            self.model.set_replaced_layers(*(frozen[name] for name in LAYER_LISTS))
             for inputs, length, logits, nll in self.prompts:
                 now, nll_now = self._read(inputs, length)
                 divergences.append(divergence(logits[None], now[None, None], self.direction).item())

@@ -7,6 +7,10 @@ from pathlib import Path
 from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
+from shortv_llava.figures import new_figure, save_figure
+
+# By the configuration's lists.
+WHAT_IS_FROZEN = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 
 
 def _bar(score: float, highest: float) -> str:
@@ -30,11 +34,10 @@ def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]
     table.add_column("log scale")
     table.add_column("frozen")
     table.add_column("in resamples", justify="right")
-    names = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
     first = next(iter(scores.values()))
     for layer, score in enumerate(first):
         cells = [f"{values[layer]:.3e}" for values in scores.values()]
-        what = ", ".join(names[key] for key, layers in frozen.items() if layer in layers)
+        what = ", ".join(WHAT_IS_FROZEN[key] for key, layers in frozen.items() if layer in layers)
         share = " / ".join(f"{share:.0%}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
         table.add_row(str(layer), *cells, _bar(score, max(first)), what, share)
     return table
@@ -73,19 +76,18 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
 
 def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]) -> None:
     """The paper's Figure 3: LC of every layer for each set of tokens, log scale, the replaced layers marked."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for (tokens, values), marker in zip(scores.items(), "os^"):
         axes.plot(
             range(len(values)), [value or math.nan for value in values], f"-{marker}", label=f"{tokens} tokens", ms=5
         )
     visual = next(iter(scores.values()))
-    names = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
-    for (key, name), color in zip(names.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
+    for (key, name), color in zip(WHAT_IS_FROZEN.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
         for index, layer in enumerate(frozen[key]):
             label = f"{name} frozen" if index == 0 else None
             axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)
     axes.set(yscale="log", xlabel="layer", ylabel="Layer Contribution (KL, nats)", xlim=(-0.5, len(visual) - 0.5))
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
@@ -95,7 +97,7 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
         candidates: [`Candidate`]s by granularity.
         taken: the one of them that was chosen.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for (name, candidate), marker in zip(candidates.items(), "os"):
         points = [(entry["flops_ratio"], entry["cost"].kl) for entry in candidate.curve if entry["cost"].kl > 0]
         if points:
@@ -103,22 +105,4 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
     axes.plot([taken.chosen["flops_ratio"]], [taken.chosen["cost"].kl], "*", color="black", ms=14, label="chosen")
     axes.set(yscale="log", xlabel="FLOPs of the prefill, of the dense model's", ylabel="KL to the dense model (nats)")
     axes.invert_xaxis()
-    _save(figure, axes, path)
-
-
-def _figure():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(7, 4), layout="constrained", facecolor="white")  # white: read on dark pages too
-
-
-def _save(figure, axes, path: Path) -> None:
-    from matplotlib import pyplot
-
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
-    pyplot.close(figure)
+    save_figure(figure, axes, path)

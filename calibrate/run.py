@@ -74,6 +74,22 @@ class Choice:
         if self.strategy == "cosine" and self.granularity != "layer":
             raise ShortVError("--strategy cosine compares the states around whole layers; it needs --granularity layer")
 
+    def number(self, units: Units, order: Sequence[int], curve: Sequence[dict]) -> int:
+        """How many units of `order` the budget allows or, for layers counted, their operations amount to.
+
+        Args:
+            curve: the cost of every number, see [`Candidate`].
+        """
+        if self.max_divergence is not None:
+            return max(entry["number"] for entry in curve if entry["cost"].kl <= self.max_divergence)
+        if self.flops_ratio is not None:
+            return units.reaching(order, self.flops_ratio)
+        layers = self.num_layers
+        if layers is None:
+            fraction = DEFAULT_FRACTION if self.fraction is None else self.fraction
+            layers = number_of_layers(units.num_layers, fraction)
+        return units.reaching(order, units.ratio_of_layers(layers))
+
 
 class Candidate(NamedTuple):
     """An order of replacement, and how far along it to go."""
@@ -165,19 +181,9 @@ class Run:
         for number in self.progress(range(len(order) + 1), "cost", "choice"):
             cost = self.held_out.measure(units.frozen(order[:number]))
             curve.append({"number": number, "flops_ratio": units.ratio(order[:number]), "cost": cost})
-        if rival is not None:
-            number = units.reaching(order, rival.chosen["flops_ratio"])
-        elif choice.max_divergence is not None:
-            number = max(entry["number"] for entry in curve if entry["cost"].kl <= choice.max_divergence)
-        elif choice.flops_ratio is not None:
-            number = units.reaching(order, choice.flops_ratio)
-        else:
-            layers = choice.num_layers
-            if layers is None:
-                layers = number_of_layers(
-                    units.num_layers, DEFAULT_FRACTION if choice.fraction is None else choice.fraction
-                )
-            number = units.reaching(order, Units(self.model.config, "layer").ratio(range(layers)))
+        number = (
+            choice.number(units, order, curve) if rival is None else units.reaching(order, rival.chosen["flops_ratio"])
+        )
         return Candidate(units, scores, order, curve, number)
 
     def order(self, choice: Choice, units: Units, scores: np.ndarray) -> list[int]:

@@ -1,6 +1,5 @@
 """Where calibration prompts come from, and how a sample becomes model inputs."""
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.images import open_image
-from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, VICUNA_SYSTEM
+from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt
 
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
 SHUFFLE_BUFFER = 200  # pictures; what a draw from a streamed table downloads beyond its own
@@ -45,7 +45,7 @@ def load_samples(sources: Sequence[str], images: Path | None, number: int, seed:
         elif images is None:
             raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
         else:
-            found = read_questions(Path(source), images)
+            found = question_samples(Path(source), images)
         name = source if source in (*named, "shapes") else Path(source).name
         samples += [sample._replace(id=f"{name}/{sample.id}") for sample in draw(found, number, seed, name)]
     return samples
@@ -100,48 +100,15 @@ def _stream(repository: str, name: str | None, split: str, shuffle_seed=None, ta
         ) from error
 
 
-def read_questions(path: Path, images: Path) -> list[Sample]:
-    """Samples from LLaVA's question format: a JSON object a line with `question_id`, `image`, `text`, perhaps `answer`.
-
-    Raises:
-        ShortVError: if a file is missing, a line is no such object, or an image lies outside the folder `images`.
-    """
-    if not images.is_dir():
-        raise ShortVError(f"{images}: no such folder of images")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    samples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ShortVError(f"{where}: is not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ShortVError(f"{where}: must be a JSON object")
-        for key in ("image", "text"):
-            if not isinstance(entry.get(key), str) or not entry[key]:
-                raise ShortVError(f"{where}: needs a text {key!r}")
-        image = images / entry["image"]
-        if not image.resolve().is_relative_to(images.resolve()):
-            raise ShortVError(f"{where}: image {entry['image']!r} lies outside {images}")
-        if not image.is_file():
-            raise ShortVError(f"{where}: there is no image {image}")
-        question = entry["text"].replace("<image>", "").strip()
-        samples.append(Sample(str(entry.get("question_id", number)), image, question, str(entry.get("answer", ""))))
-    if not samples:
-        raise ShortVError(f"{path}: holds no questions")
-    return samples
+def question_samples(path: Path, images: Path) -> list[Sample]:
+    """Samples from a file in LLaVA's question format, see [`read_questions`]."""
+    return [Sample(str(q.id), q.images[0], q.text, str(q.reference or "")) for q in read_questions(path, images)]
 
 
 def embedded_samples() -> list[Sample]:
     """The fixed samples that come with the embedded checkpoint."""
     folder = Path(__file__).parents[1] / "checkpoints" / "samples"
-    return read_questions(folder / "questions.jsonl", folder / "images")
+    return question_samples(folder / "questions.jsonl", folder / "images")
 
 
 def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the data") -> list[Sample]:
@@ -155,16 +122,6 @@ def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the dat
             f"{number} samples were asked for, {name} holds {len(samples)}; lower --samples or --held-out"
         )
     return random.Random(seed).sample(list(samples), len(samples))[:number]
-
-
-def make_prompt(processor, question: str, num_images: int = 1) -> str:
-    """The prompt of a first turn, up to where the answer begins.
-
-    Vicuna's system sentence is put in front where the chat template leaves it out, as those of llava-hf do.
-    """
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{VICUNA_SYSTEM} {prompt}" if prompt.startswith("USER:") else prompt
 
 
 def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):

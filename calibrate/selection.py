@@ -67,9 +67,16 @@ class Units:
         lists = self.frozen(units)
         both = lists["replaced_layers"]
         attention, ffn = both + lists["replaced_attention_layers"], both + lists["replaced_ffn_layers"]
-        return prefill_flops(self.text_config, *self.tokens, attention, ffn) / prefill_flops(
-            self.text_config, *self.tokens
-        )
+        return self._ratio(attention, ffn)
+
+    def ratio_of_layers(self, number: int) -> float:
+        """FLOPs ratio r of the model with so many whole layers frozen."""
+        layers = range(number)
+        return self._ratio(layers, layers)
+
+    def _ratio(self, attention_layers, ffn_layers) -> float:
+        frozen = prefill_flops(self.text_config, *self.tokens, attention_layers, ffn_layers)
+        return frozen / prefill_flops(self.text_config, *self.tokens)
 
     def reaching(self, order: Sequence[int], ratio: float) -> int:
         """How many units of `order` bring the FLOPs ratio down to `ratio`; all if none do."""

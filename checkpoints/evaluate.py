@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from shortv_llava.calibrate.contribution import contributions, cosine_distance
 from shortv_llava.calibrate.cost import CostMeter
-from shortv_llava.calibrate.samples import Sample, draw, embedded_samples, make_inputs, make_prompt
+from shortv_llava.calibrate.samples import Sample, draw, embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Units, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.package import load_model, load_processor
-from shortv_llava.prompts import CAPTION_PROMPT
+from shortv_llava.prompts import CAPTION_PROMPT, make_prompt
 
 BATCH = 50
 FRACTIONS = (0.4, 0.6, 0.8)
@@ -99,7 +99,7 @@ def choices(model, processor, fractions: Sequence[float], seeds: int) -> Iterato
     orders += [(f"random layers, seed {seed}", layers, layers.order_at_random(seed)) for seed in range(seeds)]
     yield Frozen("dense", layers.frozen([]), 1.0)
     for fraction in fractions:
-        target = layers.ratio(range(number_of_layers(layers.num_layers, fraction)))
+        target = layers.ratio_of_layers(number_of_layers(layers.num_layers, fraction))
         for name, units, order in orders:
             units_frozen = order[: units.reaching(order, target)]
             yield Frozen(f"{fraction:.0%} {name}", units.frozen(units_frozen), units.ratio(units_frozen))

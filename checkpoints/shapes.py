@@ -4,10 +4,15 @@ A picture is a 3 x 3 grid of cells; each of its one to three shapes stands in a 
 Everything is drawn from the `random.Random` passed in, so a seed names a picture and its questions.
 """
 
+import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 96  # pixels
@@ -200,3 +205,38 @@ def held_out(number: int, seed: str = "held-out") -> list[tuple[Scene, Question]
             question = ask(scene, KINDS[index % len(KINDS)], rng)
         found.append((scene, question))
     return found
+
+
+def write_questions(folder: Path, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> None:
+    """Write scenes and questions about them into a folder: LLaVA's `questions.jsonl`, with answers, and `images/`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (scene, questions) in enumerate(asked):
+        name = f"{number:03d}.png"
+        draw(scene).save(folder / "images" / name, optimize=True)
+        for question in questions:
+            entry = {"question_id": len(lines), "image": name, "text": question.text, "answer": question.answer}
+            lines.append(json.dumps(entry | {"category": question.kind}))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="For questions.jsonl and images/.")],
+    pictures: int = 200,
+    questions: Annotated[int, typer.Option(help="About each picture.")] = 10,
+    seed: str = "held-out pictures",
+) -> None:
+    """Write questions never trained on, for `shortv evaluate --questions`."""
+    asked = []
+    while len(asked) < pictures:
+        rng = random.Random(f"{seed}/{len(asked)}")
+        found: list[Question] = []
+        while len(found) < questions:  # some scenes do not allow so many
+            scene = make_scene(rng)
+            found = ask_several(scene, questions, rng)
+        asked.append((scene, found))
+    write_questions(folder, asked)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -2,7 +2,9 @@
 
 1. Vision tower and projector are aligned with the word embeddings: the visual token of a patch shall be like the words
    for what the patch shows. Finding what a question names is then a matter of like and like.
-2. The language model is trained on questions and answers, with the loss on the answers alone.
+2. A few layers of the language model are trained on questions and answers, with the loss on the answers alone. To look
+   for what a question names is learnt late or never by all twelve at once.
+3. The other layers join, at first without any effect, and all are trained.
 
 An interrupted run continues where it stopped: each step draws its pictures from its own number.
 """
@@ -35,11 +37,16 @@ from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.prompts import CAPTION_PROMPT, VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
-ALIGNMENT = {"steps": 600, "batch": 96, "lr": 1e-3}
-TRAINING = {"steps": 2000, "batch": 20, "lr": 1e-3}
+ALIGNMENT = {"steps": 1600, "lr": 1e-3}
+SHALLOW = {"steps": 800, "lr": 1e-3}
+TRAINING = {"steps": 500, "lr": 6e-4}
+FIRST_LAYERS = (0, 3, 6, 9)
+PICTURES = 20  # a step; for alignment more
+ALIGNMENT_PICTURES = 64
 QUESTIONS = 12  # about a picture
 CONVERSATIONS = 0.2  # of the rows; in the others no question sees another
 KIND_WEIGHTS = (2, 1, 1, 1, 2)  # how often each of shapes.KINDS is asked
+SAMPLES = 60  # for calibration and tests
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
@@ -194,10 +201,10 @@ class Conversations:
                 start = end
         return row
 
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
+    def batch(self, seed: str) -> dict[str, torch.Tensor]:
         """Inputs and labels of a step."""
-        rng = random.Random(f"training/{step}")
-        scenes = [shapes.make_scene(rng) for _ in range(TRAINING["batch"])]
+        rng = random.Random(seed)
+        scenes = [shapes.make_scene(rng) for _ in range(PICTURES)]
         rows = [self.row(self.questions(scene, rng), rng.random() < CONVERSATIONS) for scene in scenes]
         length = max(len(row.input_ids) for row in rows)
         fill = Row(self.tokenizer.pad_token_id, -100, 0, -1)
@@ -212,7 +219,7 @@ class Conversations:
         return batch | {"pixel_values": pixels(scenes, self.processor.image_processor)}
 
 
-def run(name: str, modules: nn.ModuleDict, loss_of, steps: int, lr: float, work: Path) -> None:
+def run(name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: float) -> None:
     """Train `modules` with `loss_of(step) -> loss` in bfloat16, from the last state in `work` on."""
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
@@ -278,20 +285,8 @@ def _edit(path: Path, change) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def save_samples(folder: Path, number: int = 60) -> None:
-    """Write the fixed samples for calibration and tests: LLaVA's question format with answers, and the pictures."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, (scene, question) in enumerate(shapes.held_out(number, seed="samples")):
-        name = f"{index:03d}.png"
-        shapes.draw(scene).save(folder / "images" / name, optimize=True)
-        entry = {"question_id": index, "image": name, "text": question.text, "answer": question.answer}
-        lines.append(json.dumps(entry | {"category": question.kind}))
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-
-
 def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 0) -> None:
-    """Train the checkpoint (about an hour on two cores); state is kept in WORK, the result written to OUTPUT."""
+    """Train the checkpoint (about half an hour on two cores); state is kept in WORK, the result written to OUTPUT."""
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
@@ -301,7 +296,7 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 
 
     def alignment_loss(step: int) -> torch.Tensor:
         rng = random.Random(f"alignment/{step}")
-        scenes = [shapes.make_scene(rng) for _ in range(ALIGNMENT["batch"])]
+        scenes = [shapes.make_scene(rng) for _ in range(ALIGNMENT_PICTURES)]
         states = model.model.vision_tower(
             pixels(scenes, processor.image_processor), output_hidden_states=True
         ).hidden_states
@@ -313,19 +308,26 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 
     aligned = nn.ModuleDict(
         {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "embeddings": embeddings}
     )
-    run("alignment", aligned, alignment_loss, ALIGNMENT["steps"], ALIGNMENT["lr"], work)
+    run("alignment", aligned, alignment_loss, work, **ALIGNMENT)
     with torch.no_grad():
         model.lm_head.weight.copy_(embeddings.weight)
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)  # what the patches show is learnt; now it must stay
 
     conversations = Conversations(processor, model.config.image_seq_length)
-    whole = nn.ModuleDict({"model": model})
-    run(
-        "training", whole, lambda step: model(**conversations.batch(step)).loss, TRAINING["steps"], TRAINING["lr"], work
-    )
+    language_model, whole = model.model.language_model, nn.ModuleDict({"model": model})
+    all_layers = language_model.layers
+    for number, layer in enumerate(all_layers):
+        if number not in FIRST_LAYERS:
+            for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                nn.init.zeros_(last.weight)
+    language_model.layers = nn.ModuleList(all_layers[number] for number in FIRST_LAYERS)
+    run("shallow", whole, lambda step: model(**conversations.batch(f"shallow/{step}")).loss, work, **SHALLOW)
+    language_model.layers = all_layers
+    run("training", whole, lambda step: model(**conversations.batch(f"training/{step}")).loss, work, **TRAINING)
     save(model, processor, output)
-    save_samples(output.parent / "samples")
+    samples = [(scene, [question]) for scene, question in shapes.held_out(SAMPLES, seed="samples")]
+    shapes.write_questions(output.parent / "samples", samples)
 
 
 if __name__ == "__main__":

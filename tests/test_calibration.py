@@ -16,12 +16,13 @@ from PIL import Image
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.run import Choice
-from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples, make_prompt
+from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples
 from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 from shortv_llava.package import JOURNAL, load_model, load_processor
+from shortv_llava.prompts import make_prompt
 
 QUICK = ("--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
 

@@ -13,12 +13,12 @@ import tiny
 import torch
 from conftest import REPLACED_LAYERS
 from PIL import Image
-from transformers import AutoTokenizer, LlavaNextImageProcessor, LlavaNextProcessor
 
-from shortv_llava import ShortVLlavaNextConfig, ShortVLlavaNextForConditionalGeneration, cli
-from shortv_llava.chat import Conversation, Terminal, load
+from shortv_llava import cli
+from shortv_llava.chat import Conversation, Terminal
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
+from shortv_llava.package import load
 from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 
 IMAGES = CHECKPOINT.parent / "samples" / "images"
@@ -32,29 +32,6 @@ LLAVA_HF_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
-
-def next_model():
-    """A random LLaVA-NeXT that speaks the embedded checkpoint's tokens, and its processor."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    settings = tiny.config_dict("llava_next", vocab_size=len(tokenizer)) | {"image_token_index": image_token}
-    model = ShortVLlavaNextForConditionalGeneration(ShortVLlavaNextConfig(**settings)).eval()
-    image_processor = LlavaNextImageProcessor(
-        size={"shortest_edge": 28},
-        crop_size={"height": 28, "width": 28},
-        image_grid_pinpoints=settings["image_grid_pinpoints"],
-    )
-    processor = LlavaNextProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA_CHAT_TEMPLATE,
-    )
-    return model, processor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,7 +94,7 @@ def assert_as_prefilled_anew(conversation, *images):
 
 @pytest.mark.parametrize("kind", ["embedded", "llava-hf template", "LLaVA-NeXT"])
 def test_five_turns_with_two_images(model_and_processor, kind):
-    model, processor = next_model() if kind == "LLaVA-NeXT" else model_and_processor
+    model, processor = tiny.next_model() if kind == "LLaVA-NeXT" else model_and_processor
     if kind == "llava-hf template":
         processor.chat_template = LLAVA_HF_CHAT_TEMPLATE
     model.set_replaced_layers([1, 2] if kind == "LLaVA-NeXT" else REPLACED_LAYERS)
@@ -143,7 +120,7 @@ def test_two_images_in_one_turn(conversation):
     assert_as_prefilled_anew(conversation, picture(0), picture(1))
     assert conversation.turns[-1].visual_tokens == 2 * IMAGE_TOKENS
 
-    model, processor = next_model()  # images of different numbers of patches
+    model, processor = tiny.next_model()  # images of different numbers of patches
     conversation = Conversation(model, processor, max_new_tokens=4)
     images = picture(0), picture(1).resize((96, 40))
     ask(conversation, "Are they the same?", *images)

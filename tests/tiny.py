@@ -5,12 +5,15 @@ import functools
 
 import torch
 from transformers import (
+    AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     MistralConfig,
     Qwen2Config,
 )
@@ -21,6 +24,8 @@ from shortv_llava import (
     ShortVLlavaNextConfig,
     ShortVLlavaNextForConditionalGeneration,
 )
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
 IMAGE_TOKEN, PAD_TOKEN, VOCABULARY, LAYERS = 90, 0, 96, 4
 BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -145,3 +150,26 @@ def frozen(stock, visual: torch.Tensor, layers=(), attention=(), ffn=()):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def next_model():
+    """A random LLaVA-NeXT that speaks the embedded checkpoint's tokens, and its processor."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    settings = config_dict("llava_next", vocab_size=len(tokenizer)) | {"image_token_index": image_token}
+    model = ShortVLlavaNextForConditionalGeneration(ShortVLlavaNextConfig(**settings)).eval()
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=settings["image_grid_pinpoints"],
+    )
+    processor = LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VICUNA_CHAT_TEMPLATE,
+    )
+    return model, processor
