@@ -1,0 +1,172 @@
+"""Answers to many questions, in batches; what prompts about one picture have in common is prefilled once."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from shortv_llava.evaluation.questions import Question, open_images
+from shortv_llava.prompts import make_prompt
+
+
+class Tokens(NamedTuple):
+    """Numbers of tokens by kind."""
+
+    visual: int
+    text: int
+
+    def __add__(self, other):
+        return Tokens(*map(sum, zip(self, other)))
+
+
+class Answered(NamedTuple):
+    """What came of a batch.
+
+    Args:
+        answers: without white space around them.
+        prompted: tokens of all prompts.
+        prefilled: of these, those that went through the model; without shared prefixes all.
+    """
+
+    answers: list[str]
+    prompted: Tokens
+    prefilled: Tokens
+
+
+class Answerer:
+    """Answers batches of questions with a model.
+
+    Prompts about the same picture begin alike: system sentence, visual tokens, often the question's first words. That
+    goes through the model once, and its keys and values serve all questions about the picture.
+
+    Args:
+        batch_size: rows in the model at once, whatever the number of questions about a picture.
+        max_new_tokens: of an answer.
+        shared_prefix: whether to prefill a picture once; if not, once for each question about it.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling, for each batch.
+
+    Attributes:
+        settings: what answers depend on beside model, layers and question.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        batch_size: int = 16,
+        max_new_tokens: int = 128,
+        shared_prefix: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ):
+        self.model, self.processor, self.batch_size, self.seed = model, processor, batch_size, seed
+        processor.tokenizer.padding_side = "left"
+        question = "\N{ASTERISM}"
+        prompt = make_prompt(processor, question)
+        self.shared_prefix = shared_prefix and prompt.index(processor.image_token) < prompt.index(question)
+        self.generation = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
+        if temperature > 0:
+            self.generation |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        self.settings = {key: value for key, value in self.generation.items() if value is not None}
+        self.settings |= {"dtype": str(model.dtype).removeprefix("torch.")}
+        if temperature > 0:
+            self.settings |= {"seed": seed}
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """The questions in batches for [`Answerer.answer`]: those about one picture together, then by length.
+
+        A batch has at most `batch_size` questions, or all those about one picture.
+        """
+        groups = [[questions[number] for number in group] for group in self._groups(questions)]
+        batches: list[list[Question]] = []
+        for group in sorted(groups, key=lambda group: max(len(question.text) for question in group)):
+            if not batches or len(batches[-1]) + len(group) > self.batch_size:
+                batches.append([])
+            batches[-1] += group
+        return batches
+
+    def _groups(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Numbers of the questions that can share a prefix."""
+        groups: dict[object, list[int]] = {}
+        for number, question in enumerate(questions):
+            shares = self.shared_prefix and question.image_id is not None and len(question.images) == 1
+            groups.setdefault((question.image_id, None) if shares else number, []).append(number)
+        return list(groups.values())
+
+    @torch.no_grad()
+    def answer(self, batch: Sequence[Question]) -> Answered:
+        """Answers to a batch, in its order.
+
+        Raises:
+            ShortVError: if a picture cannot be read.
+        """
+        torch.manual_seed(self.seed)
+        groups = self._groups(batch)
+        prompts = [make_prompt(self.processor, question.text, len(question.images)) for question in batch]
+        if len(groups) < len(batch):
+            return self._answer_groups(batch, prompts, groups)
+        inputs = self._process(prompts, [picture for question in batch for picture in open_images(question)])
+        visual = self._num_visual(inputs["input_ids"])
+        tokens = Tokens(visual, int(inputs["attention_mask"].sum()) - visual)
+        return Answered(self._generate(inputs), tokens, tokens)
+
+    def _answer_groups(self, batch: Sequence[Question], prompts: list[str], groups: list[list[int]]) -> Answered:
+        """What the prompts of each group begin with is prefilled once."""
+        firsts = [group[0] for group in groups]
+        inputs = self._process(
+            [prompts[n] for n in firsts], [picture for n in firsts for picture in open_images(batch[n])]
+        )
+        beginnings, rests = [], []
+        prompted = prefilled = Tokens(0, 0)
+        for index, group in enumerate(groups):
+            ids, mask = inputs["input_ids"][index], inputs["attention_mask"][index]
+            visual, rows = self._num_visual(ids), [ids[mask.bool()].tolist()]
+            if len(group) > 1:  # they have one picture
+                placeholders = self.processor.image_token * visual
+                texts = [prompts[number].replace(self.processor.image_token, placeholders) for number in group]
+                rows = self.processor.tokenizer(texts)["input_ids"]
+            beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token is left to ask with
+            beginnings.append(beginning)
+            rests += [(number, index, row[len(beginning) :]) for number, row in zip(group, rows)]
+            total, repeated = sum(map(len, rows)), (len(group) - 1) * len(beginning)
+            prompted += Tokens(visual * len(group), total - visual * len(group))
+            prefilled += Tokens(visual, total - repeated - visual)
+
+        inputs.update(self._pad(beginnings))
+        positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        self.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        answers = [""] * len(batch)
+        for start in range(0, len(rests), self.batch_size):
+            numbers, indices, ids = zip(*rests[start : start + self.batch_size])
+            indices, tail = torch.tensor(indices, device=self.model.device), self._pad(ids)
+            copied = DynamicCache()
+            for layer, states in enumerate(cache.layers):
+                copied.update(states.keys[indices], states.values[indices], layer)
+            joined = {key: torch.cat([inputs[key][indices], tail[key]], dim=1) for key in tail}
+            for number, answer in zip(numbers, self._generate(joined, past_key_values=copied)):
+                answers[number] = answer
+        return Answered(answers, prompted, prefilled)
+
+    def _process(self, prompts: list[str], pictures: list):
+        inputs = self.processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def _pad(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """Rows of token ids, filled up on the left, with their mask."""
+        padded = self.processor.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
+        return {key: padded[key] for key in ("input_ids", "attention_mask")}
+
+    def _generate(self, inputs, **kwargs) -> list[str]:
+        tokens = self.model.generate(
+            **inputs, **kwargs, **self.generation, pad_token_id=self.processor.tokenizer.pad_token_id
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _num_visual(self, ids: torch.Tensor) -> int:
+        return int((ids == self.model.config.image_token_id).sum())

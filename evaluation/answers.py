@@ -1,0 +1,86 @@
+"""Answer files in LLaVA's format, appended to as answers come and never torn."""
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.questions import Question, read_jsonl
+
+
+class AnswersFile:
+    """Answers by question id, a JSON object a line, as LLaVA's scoring scripts read them.
+
+    Args:
+        path: the file; what it holds of an interrupted run is kept.
+        model_id: name of the model.
+        metadata: what the answers depend on; kept with each.
+
+    Raises:
+        ShortVError: if the file holds answers of another model, of other settings or to other questions.
+    """
+
+    def __init__(self, path: Path, model_id: str, metadata: dict, questions: Sequence[Question]):
+        self.path, self.model_id, self.metadata = path, model_id, json.loads(json.dumps(metadata))
+        self.questions = {question.id: question for question in questions}
+        self.lines: dict[int | str, dict] = {}
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):  # a line without its end was cut off by a kill
+            with open(path, "r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+        for number, entry in read_jsonl(path):
+            self._check(entry, f"{path}, line {number}")
+            self.lines[entry["question_id"]] = entry
+
+    def _check(self, entry: dict, where: str) -> None:
+        metadata = entry.get("metadata")
+        found = {"model_id": entry.get("model_id")} | (metadata if isinstance(metadata, dict) else {})
+        expected = {"model_id": self.model_id} | self.metadata
+        for key in sorted({*found, *expected}):
+            if found.get(key) != expected.get(key):
+                raise ShortVError(
+                    f"{where}: an answer with {key} {found.get(key)!r}, not {expected.get(key)!r}; repeat that "
+                    "command, or give another --output"
+                )
+        question = self.questions.get(entry.get("question_id"))
+        if question is None or question.text != entry.get("prompt") or not isinstance(entry.get("text"), str):
+            raise ShortVError(f"{where}: no answer to one of these questions; give another --output")
+        if question.id in self.lines:
+            raise ShortVError(f"{where}: a second answer to question {question.id!r}; remove it, or the file")
+
+    @property
+    def answers(self) -> dict[int | str, str]:
+        """By question id, of all questions answered so far, in the questions' order."""
+        return {id: self.lines[id]["text"] for id in self.questions if id in self.lines}
+
+    def add(self, questions: Sequence[Question], answers: Sequence[str], write: bool = True) -> None:
+        """Take in the answers that are not there yet; with `write`, which one process of many sets, for good."""
+        new = {q.id: self._line(q, answer) for q, answer in zip(questions, answers) if q.id not in self.lines}
+        self.lines |= new
+        if write:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values()))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _line(self, question: Question, answer: str) -> dict:
+        return {
+            "question_id": question.id,
+            "prompt": question.text,
+            "text": answer,
+            "answer_id": uuid.uuid5(uuid.NAMESPACE_URL, f"{self.model_id}/{question.id}").hex,
+            "model_id": self.model_id,
+            "metadata": self.metadata,
+        }
+
+    def finish(self) -> None:
+        """Put the lines into the order of the questions, which is not the order of their answering."""
+        unfinished = self.path.with_name(f".unfinished-{self.path.name}")
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for id in self.questions:
+                file.write(json.dumps(self.lines[id], ensure_ascii=False) + "\n")
+        os.replace(unfinished, self.path)

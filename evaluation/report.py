@@ -1,0 +1,112 @@
+"""What an evaluation found, for people, files and model cards."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from rich import box
+from rich.table import Table
+
+from shortv_llava.evaluation.answering import Tokens
+from shortv_llava.evaluation.run import DENSE, Result
+from shortv_llava.figures import new_figure, save_figure
+
+
+def table(results: Sequence[Result], **style) -> Table:
+    """A row a variant, in 80 columns. `style` goes to rich's Table."""
+    found = Table(box=box.SIMPLE, padding=(0, 1), **style)
+    rows = [_row(result) for result in results]
+    for name in rows[0]:
+        if any(row[name] for row in rows):
+            found.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        found.add_row(*(row[str(column.header)] for column in found.columns))
+    return found
+
+
+def _row(result: Result) -> dict[str, str]:
+    def text(form: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
+        if value is None:
+            return ""
+        return form.format(value) + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*interval))
+
+    return {
+        "model": result.name,
+        "FLOPs": f"{result.flops_ratio:.1%}",
+        "score, 95%": text("{:.2f}", result.headline, result.interval),
+        "% of dense, 95%": text("{:.1f}", result.retention, result.retention_interval),
+        "same": text("{:.1f}%", result.agreement),
+        "speed-up": text("{:.2f}x", result.speed_up),
+    }
+
+
+def prefill_note(results: Sequence[Result]) -> str:
+    """What sharing prefixes saved in this run; empty where nothing was answered in it."""
+    prompted, prefilled = (sum((getattr(r, name) for r in results), Tokens(0, 0)) for name in ("prompted", "prefilled"))
+    if not sum(prefilled):
+        return ""
+    share, seconds = sum(prefilled) / sum(prompted), sum(result.seconds for result in results)
+    return (
+        f"prefilled {sum(prefilled):,} of {sum(prompted):,} prompt tokens ({share:.0%}), "
+        f"{prefilled.visual:,} of {prompted.visual:,} visual ones, in {seconds:.1f} s"
+    )
+
+
+def write_results(path: Path, results: Sequence[Result], **about) -> None:
+    """results.json: `about`, then everything of each [`Result`]."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    found = [asdict(r) | {"prompted": r.prompted._asdict(), "prefilled": r.prefilled._asdict()} for r in results]
+    for entry in found:
+        del entry["answers"]  # they have files of their own
+    unfinished.write_text(json.dumps(about | {"results": found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
+    """Score with its interval against the FLOPs ratio, or agreement where there is no metric; the paper's Table 2.
+
+    Args:
+        label: of the score.
+    """
+    figure, axes = new_figure()
+    ratios = [result.flops_ratio for result in results]
+    if results[0].headline is not None:
+        axes.fill_between(ratios, *zip(*(result.interval for result in results)), alpha=0.2, lw=0, label="95%")
+        axes.plot(ratios, [result.headline for result in results], "-o", ms=4, label=label)
+        axes.axhline(results[0].headline, color="0.5", ls="--", lw=1, label=DENSE)
+    else:
+        axes.plot(ratios, [result.agreement for result in results], "-o", ms=4, label="same answers as dense, %")
+    for result in results[1:]:
+        value = result.agreement if result.headline is None else result.headline
+        axes.annotate(result.name.removesuffix("-layers"), (result.flops_ratio, value), (0, 5), fontsize=7,
+                      textcoords="offset points", ha="center")  # fmt: skip
+    axes.set(xlabel="FLOPs of the prefill, of the dense model's (numbers: layers replaced)", ylabel=label)
+    axes.invert_xaxis()
+    save_figure(figure, axes, path)
+
+
+def card_results(results: Sequence[Result], data: str, metric: str) -> list[EvalResult]:
+    """The package's own score, and beside a dense model what it keeps of that one's, for the card's metadata.
+
+    Args:
+        data: name of the questions.
+    """
+    own = results[-1]
+    values = {metric: own.headline}
+    if own is not results[0]:
+        values |= {f"{metric}, base model": results[0].headline, f"{metric}, % of base model": own.retention}
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 2),
+        )
+        for name, value in values.items()
+        if value is not None
+    ]

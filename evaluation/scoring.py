@@ -1,0 +1,266 @@
+"""Scores of answers, by the modules in `metrics/`, and how far they can be trusted.
+
+Scores are in percent; but MME's perception (at most 2000), cognition (800) and task scores (200) are points, and CIDEr
+is times 100, as papers print it.
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.questions import Question
+
+METRICS = Path(__file__).parent / "metrics"
+
+# The figure that papers compare, the first of these that a metric gives.
+HEADLINES = {
+    "vqa_accuracy": ("accuracy",),
+    "gqa": ("accuracy",),
+    "pope": ("f1",),
+    "mme": ("perception",),
+    "multiple_choice": ("circular_accuracy", "accuracy"),
+    "cider": ("cider",),
+}
+SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module gives points and percent by itself
+
+RESAMPLES = 1000
+
+
+@cache
+def load_metric(name: str):
+    """A module of `metrics/`, through the evaluate library.
+
+    Raises:
+        ShortVError: if there is no such metric or the library is missing.
+    """
+    if name not in HEADLINES:
+        raise ShortVError(f"there is no metric {name!r}; there are {', '.join(sorted(HEADLINES))}")
+    try:
+        import evaluate
+    except ImportError as error:
+        raise ShortVError("metrics need the evaluate library; pip install 'shortv-llava[eval]'") from error
+    return evaluate.load(str(METRICS / name))
+
+
+def functions(name: str):
+    """The Python module of a metric, for its functions."""
+    return sys.modules[type(load_metric(name)).__module__]
+
+
+def check_references(metric: str, questions: Sequence[Question]) -> None:
+    """
+    Raises:
+        ShortVError: if a question lacks a reference or a detail that the metric needs, or has one of the wrong kind.
+    """
+    from datasets import Value  # of the `eval` extra
+
+    several = not isinstance(load_metric(metric).features["references"], Value)
+    if not questions:
+        raise ShortVError(f"{metric}: there are no questions to score")
+    needed = [name for name, parameter in _parameters(metric).items() if parameter.default is parameter.empty]
+    for question in questions:
+        where = f"question {question.id!r}"
+        if question.reference is None:
+            raise ShortVError(f"{where} has no reference answer, and {metric} cannot score without one")
+        if isinstance(question.reference, str) == several:
+            raise ShortVError(
+                f"{where}: {metric} takes {'a list of reference answers' if several else 'one reference'}"
+            )
+        for name in [*needed, *_details(metric, questions[0])]:
+            if name not in question.details:
+                raise ShortVError(f"{where} has no {name!r}, and {metric} cannot score without it")
+
+
+def score(metric: str, questions: Sequence[Question], answers: dict, **kwargs) -> dict[str, float]:
+    """The figures of a metric, those in nested dictionaries under names such as `categories/random/f1`.
+
+    Questions whose details name a `subset` are scored by subset as well (`image/accuracy`).
+
+    Args:
+        metric: the name of a folder in `metrics/`.
+        answers: by question id.
+        kwargs: constant arguments of the metric.
+
+    Raises:
+        ShortVError: if an answer, a reference or a detail is missing, or the metric cannot score them.
+    """
+    check_references(metric, questions)
+    given = answers_of(questions, answers)
+    scores = _flatten(_compute(metric, questions, given, kwargs), SCALES[metric])
+    for subset in sorted({question.details.get("subset") for question in questions} - {None}):
+        members = [(q, answer) for q, answer in zip(questions, given) if q.details.get("subset") == subset]
+        scores |= _flatten({subset: _compute(metric, *zip(*members), kwargs)}, SCALES[metric])
+    return scores
+
+
+def headline(metric: str, scores: dict[str, float]) -> float:
+    """The figure of [`score`] by which variants of a model are compared."""
+    return next(scores[name] for name in HEADLINES[metric] if name in scores)
+
+
+def answers_of(questions: Sequence[Question], answers: dict) -> list[str]:
+    """
+    Raises:
+        ShortVError: if a question has no answer.
+    """
+    for question in questions:
+        if question.id not in answers:
+            raise ShortVError(f"question {question.id!r} has no answer")
+    return [answers[question.id] for question in questions]
+
+
+@cache
+def _parameters(metric: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a metric beside predictions and references."""
+    parameters = inspect.signature(load_metric(metric)._compute).parameters
+    return {name: p for name, p in parameters.items() if name not in ("predictions", "references")}
+
+
+def _details(metric: str, question: Question) -> list[str]:
+    return [name for name in _parameters(metric) if name in question.details]
+
+
+def _compute(metric: str, questions: Sequence[Question], answers: Sequence[str], kwargs: dict) -> dict:
+    details = {name: [q.details[name] for q in questions] for name in _details(metric, questions[0])}
+    references = [question.reference for question in questions]
+    try:
+        # Not `compute`, which writes all of it to a file first.
+        return load_metric(metric)._compute(predictions=answers, references=references, **details, **kwargs)
+    except ValueError as error:
+        raise ShortVError(f"{metric}: {error}") from error
+
+
+def _flatten(values: dict, scale: float, prefix: str = "") -> dict[str, float]:
+    scores = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            scores |= _flatten(value, scale, f"{prefix}{name}/")
+        elif isinstance(value, int | float):  # beside numbers there are notes, such as which tokeniser was used
+            scores[prefix + name] = scale * value
+    return scores
+
+
+# --- Intervals -------------------------------------------------------------------------------------------------------
+
+
+class Intervals(NamedTuple):
+    """95 percent intervals, (low, high).
+
+    Args:
+        headline: of each variant's [`headline`].
+        retention: of its ratio to the first variant's, in percent; None if that is 0 in a resample.
+    """
+
+    headline: dict[str, tuple[float, float]]
+    retention: dict[str, tuple[float, float] | None]
+
+
+def bootstrap(
+    metric: str,
+    questions: Sequence[Question],
+    answers_by_variant: dict[str, dict],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    **kwargs,
+) -> Intervals:
+    """Percentile intervals over resampled pictures, the same pictures for all variants.
+
+    Questions about one picture stay together, for their answers hang together; a question without `image_id` is drawn
+    alone. The metric is asked once for every question (pair of questions in MME, rotations in MMBench), not for every
+    resample: each headline is made of ratios of sums, and only the sums are taken anew. CIDEr keeps the document
+    frequencies of all pictures. 10,000 questions and 1000 resamples take a few seconds on one core.
+
+    Args:
+        answers_by_variant: of each variant of the model the answers by question id; retention is that of the first.
+        kwargs: constant arguments of the metric.
+
+    Raises:
+        ShortVError: if an answer, a reference or a detail is missing, or the metric cannot score them.
+    """
+    check_references(metric, questions)
+    names = {}
+    for number, question in enumerate(questions):
+        names.setdefault(question.image_id if question.image_id is not None else number, len(names))
+    clusters = [names[q.image_id if q.image_id is not None else number] for number, q in enumerate(questions)]
+    shares = np.stack(
+        [_shares(metric, questions, answers_of(questions, answers), kwargs) for answers in answers_by_variant.values()],
+        axis=1,
+    )  # (questions, variants, 2, terms)
+    sums = np.zeros((len(names), *shares.shape[1:]))
+    np.add.at(sums, clusters, shares)
+
+    generator = np.random.default_rng(seed)
+    flat, drawn = sums.reshape(len(names), -1), []
+    for _ in range(resamples):
+        counts = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
+        drawn.append(counts @ flat)
+    parts, wholes = np.moveaxis(np.reshape(drawn, (resamples, *sums.shape[1:])), 2, 0)
+    headlines = np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0).sum(-1)  # (resamples, variants)
+    retentions = 100 * (headlines / headlines[:, :1]) if headlines[:, 0].all() else None
+    return Intervals(
+        {name: _interval(headlines[:, i]) for i, name in enumerate(answers_by_variant)},
+        {
+            name: None if retentions is None else _interval(retentions[:, i])
+            for i, name in enumerate(answers_by_variant)
+        },
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], kwargs: dict) -> np.ndarray:
+    """What each question adds to the sums of which the headline is made.
+
+    Returns:
+        (questions, 2, terms): above and below the line of each term; the headline is the sum of the terms.
+    """
+    if metric == "cider":
+        values = _cider_values(questions, answers, **kwargs)
+        return np.stack([[100 * value, 1.0] for value in values])[..., None]
+    units: dict[Any, list[int]] = {}  # of questions that have no score but together
+    for number, question in enumerate(questions):
+        together = [question.details[name] for name in ("tasks", "images", "groups") if name in question.details]
+        units.setdefault(tuple(together) or question.id, []).append(number)
+    terms = functions("mme").PERCEPTION if metric == "mme" else (None,)
+    shares = np.zeros((len(questions), 2, len(terms)))
+    for numbers in units.values():
+        members = [questions[number] for number in numbers]
+        term = members[0].details["tasks"] if metric == "mme" else None
+        if term not in terms:
+            continue
+        result = _compute(metric, members, [answers[number] for number in numbers], kwargs)
+        if metric == "pope":  # F1: true positives twice, over those said and those true
+            part, whole = 2 * result["recall"], result["yes_ratio"] + (members[0].reference.strip().lower() == "yes")
+        else:
+            part, whole = headline(metric, result), 1.0
+        shares[numbers[0], :, terms.index(term)] = SCALES[metric] * part, whole
+    return shares
+
+
+def _cider_values(questions: Sequence[Question], answers: Sequence[str], tokenizer: str | None = None) -> list[float]:
+    """CIDEr of each picture's caption, 0 to 10, with the document frequencies of all."""
+    module = functions("cider")
+    official = tokenizer == "ptb" or (tokenizer is None and module.has_ptb())
+    tokenize = module.tokenize_ptb if official else lambda captions: map(module.tokenize, captions)
+    captions = [*answers, *(caption for question in questions for caption in question.reference)]
+    grams = iter(map(module.ngrams, tokenize(captions)))
+    ours = [next(grams) for _ in questions]
+    theirs = [[next(grams) for _ in question.reference] for question in questions]
+    present = module.Counter(gram for group in theirs for gram in set().union(*group))
+
+    def idf(gram):
+        return module.math.log(len(theirs) / max(present[gram], 1))
+
+    return [
+        10 * sum(module.similarity(caption, reference, idf) for reference in group) / len(group)
+        for caption, group in zip(ours, theirs)
+    ]

@@ -1,0 +1,202 @@
+"""Where the questions of a benchmark come from: tables on the Hub, and folders as LLaVA's scripts expect them."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.questions import Question, image_file, read_jsonl
+
+
+class Table(NamedTuple):
+    """A split of a data set of the Hub, or of a folder laid out as one.
+
+    Args:
+        name: of the configuration.
+        files: which files hold the split; given where to download the other splits as well would be a burden.
+        pictures: the configuration with the pictures, by `id`, where they are not in the column `image` of this one.
+    """
+
+    repository: str
+    split: str
+    name: str | None = None
+    files: str | None = None
+    pictures: str | None = None
+
+
+def table_questions(table: Table, make: Callable[[dict], Question]) -> list[Question]:
+    """The questions of a table. Pictures stay on the disk until they are asked for.
+
+    Args:
+        make: gives the question for a row, without pictures. The row lacks the column `image` and has its `number`. If
+            the question has no `image_id`, it gets the digest of its picture, for which all pictures are read once.
+
+    Raises:
+        ShortVError: if the table cannot be had, or names a picture that is not there.
+    """
+    rows = load_table(table)
+    if table.pictures is None:
+        pictures, texts, place_of = rows, rows.remove_columns("image"), None
+    else:
+        pictures, texts = load_table(table._replace(name=table.pictures)), rows
+        place_of = {id: place for place, id in enumerate(pictures["id"])}
+    pictures = pictures.select_columns("image")
+    questions, ids = [make(row | {"number": number}) for number, row in enumerate(texts)], None
+    for number, question in enumerate(questions):
+        if question.image_id is None:
+            ids = _digests(pictures) if ids is None else ids
+            question = question._replace(image_id=ids[number])
+        place = number if place_of is None else place_of.get(question.image_id)
+        if place is None:
+            raise ShortVError(
+                f"{table.repository}: question {question.id} names picture {question.image_id}, which is not there"
+            )
+        shown = () if question.image_id is None else (partial(_picture, pictures, place),)
+        questions[number] = question._replace(images=shown)
+    return questions
+
+
+def load_table(table: Table, **options):
+    """The rows of a table.
+
+    Args:
+        options: for `load_dataset`.
+
+    Raises:
+        ShortVError: if the datasets library is missing or the table cannot be had.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ShortVError(
+            f"{table.repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
+        ) from error
+    if table.files is not None:
+        # The data set's card counts the rows of all splits; with some of the files, that check would fail.
+        options |= {"data_files": {table.split: table.files}, "verification_mode": "no_checks"}
+    try:
+        return load_dataset(table.repository, table.name, split=table.split, **options)
+    except Exception as error:  # of many libraries below: network, formats, missing splits
+        raise _out_of_reach(table, error) from error
+
+
+def column(table: Table, name: str) -> list:
+    """A column of a table of which nothing else is downloaded.
+
+    Raises:
+        ShortVError: if the table cannot be had.
+    """
+    rows = load_table(table, streaming=True, columns=[name])
+    try:
+        return [row[name] for row in rows]
+    except Exception as error:  # the download happens here
+        raise _out_of_reach(table, error) from error
+
+
+def _out_of_reach(table: Table, error: Exception) -> ShortVError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ShortVError(
+        f"{table.repository}: cannot be read ({reason}); check the connection, or give a folder in LLaVA's layout"
+    )
+
+
+def _picture(pictures, place: int) -> Image.Image:
+    return _middle(pictures[place]["image"])
+
+
+def _middle(pictures: Any) -> Any:
+    """Of a video, which comes as several frames, LLaVA is shown the one in the middle."""
+    return pictures[(len(pictures) - 1) // 2] if isinstance(pictures, list) else pictures
+
+
+def _digests(pictures) -> list[str | None]:
+    """A digest of each picture's file, None where there is no picture."""
+    ids = []
+    for batch in pictures.with_format("arrow").iter(batch_size=64):
+        for file in map(_middle, batch["image"].to_pylist()):
+            ids.append(None if file is None else digest(file["bytes"] or str(file["path"]).encode()))
+    return ids
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+# --- LLaVA's folders -------------------------------------------------------------------------------------------------
+
+
+def jsonl_questions(
+    path: str,
+    images: str,
+    answers: Callable[[Path], Callable[[dict], tuple[Any, dict]]],
+    root: Path,
+) -> list[Question]:
+    """The questions of a JSON-lines file of LLaVA's `eval.zip`; their texts are whole prompts.
+
+    Args:
+        path: of the file, below `root`.
+        images: folder of its pictures, below `root`.
+        answers: given `root`, a function from an entry of the file to the question's reference and details.
+
+    Raises:
+        ShortVError: if a file is missing or a picture is not in its folder.
+    """
+    file, folder = find(root, path), find(root, images)
+    answer = answers(root)
+    questions = []
+    for number, entry in read_jsonl(file):
+        picture = image_file(folder, entry["image"], f"{file}, line {number}")
+        reference, details = answer(entry)
+        questions.append(Question(entry["question_id"], entry["text"], (picture,), entry["image"], reference, details))
+    return questions
+
+
+def find(root: Path, *names: str) -> Path:
+    """The first of these files or folders below `root` that is there.
+
+    Raises:
+        ShortVError: if none is.
+    """
+    for name in names:
+        if (root / name).exists():
+            return root / name
+    raise ShortVError(f"{root}: {' or '.join(names)} is missing; LLaVA's docs/Evaluation.md says where to get it")
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        ShortVError: if the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_tsv(path: Path) -> list[dict[str, str | None]]:
+    """The rows of a table in a text file; what pandas takes for a missing value, LLaVA does too, becomes None.
+
+    Raises:
+        ShortVError: if the file cannot be read or pandas is missing.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ShortVError(f"{path}: reading it needs pandas; pip install 'shortv-llava[eval]'") from error
+    try:
+        rows = pandas.read_table(path, dtype=str)
+    except (OSError, ValueError) as error:
+        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return rows.astype(object).where(rows.notna(), None).to_dict("records")
+
+
+def base64_image(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
