@@ -1,6 +1,7 @@
 """The `shortv` command."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,18 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the package that the output folder holds.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
+VisionTower = Annotated[
+    str | None,
+    typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
+]
+ReplacedLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers to replace instead of the package's own: ids as `31,29,30`, `none`, `published` or "
+        "`published:NAME`. Without this option a plain checkpoint takes those of the environment variable "
+        "REPLACED_LAYERS."
+    ),
+]
 
 
 @app.callback()
@@ -30,10 +43,7 @@ def package(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
     ] = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
-    ] = None,
+    vision_tower: VisionTower = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a package folder from a checkpoint and layers that are known already.
@@ -79,6 +89,9 @@ def push(
         str | None,
         typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
     ] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish a Space of the same id too: the page of `shortv chat --web`.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
 ) -> None:
     """Publish a package folder on the Hub, checked first, in one commit; none where nothing has changed.
@@ -88,12 +101,16 @@ def push(
         shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --dry-run
 
         shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --weights-from llava-hf/llava-1.5-7b-hf
+
+        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --space
     """
-    from tqdm import tqdm
+    if space and (revision or create_pr):
+        raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
     from shortv_llava.push_to_hub import push as run
+    from shortv_llava.push_to_hub import push_space
 
-    changes, url = run(
+    pushed = run(
         folder,
         repo_id,
         private=private,
@@ -104,12 +121,20 @@ def push(
         weights_from=weights_from,
         dry_run=dry_run,
     )
-    for change in changes:
+    _report(repo_id, pushed, dry_run)
+    if space:
+        _report(f"spaces/{repo_id}", push_space(repo_id, private=private, message=message, dry_run=dry_run), dry_run)
+
+
+def _report(name: str, pushed, dry_run: bool) -> None:
+    from tqdm import tqdm
+
+    for change in pushed.changes:
         typer.echo(f"{change.action:6} {tqdm.format_sizeof(change.size, 'B'):>8} {change.path}")
-    if not changes:
-        typer.echo(f"{repo_id}: nothing has changed, so nothing was committed")
+    if not pushed.changes:
+        typer.echo(f"{name}: nothing has changed, so nothing was committed")
     else:
-        typer.echo(f"{repo_id}: nothing was changed, this was a dry run" if dry_run else f"committed: {url}")
+        typer.echo(f"{name}: nothing was changed, this was a dry run" if dry_run else f"committed: {pushed.url}")
 
 
 @app.command()
@@ -141,6 +166,7 @@ def calibrate(
         float | None, typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
+    vision_tower: VisionTower = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Through bitsandbytes.")] = False,
@@ -171,7 +197,7 @@ def calibrate(
             if value not in get_args(known):
                 raise typer.BadParameter(f"{' or '.join(get_args(known))}, not {value!r}", param_hint=name)
     check_output(output, overwrite)
-    folder = find_checkpoint(base)
+    folder = find_checkpoint(base, vision_tower)
     text_config = read_config(folder).get("text_config", {})
     choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed)
     choice.check(text_config.get("num_hidden_layers", 32))  # files leave Llama's default out
@@ -212,17 +238,14 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System sentence; if not given the model's own, such as Vicuna's.")
     ] = None,
-    replaced_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers to replace instead of the package's own: ids as `31,29,30`, `none`, `published` or "
-            "`published:NAME`. Without this option a plain checkpoint takes those of the environment variable "
-            "REPLACED_LAYERS."
-        ),
-    ] = None,
+    replaced_layers: ReplacedLayers = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="A web page instead, with the dense model beside; needs gradio, see the README."),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="As in transformers: `auto`, `cpu`, `cuda:1`.")] = "auto",
@@ -237,13 +260,35 @@ def chat(
 
         REPLACED_LAYERS=31,29,30 shortv chat llava-hf/llava-1.5-7b-hf --load-in-4bit
 
+        shortv chat llava-1.5-7b-shortv --web
+
         echo "What is this?" | shortv chat llava-1.5-7b-shortv --image https://llava-vl.github.io/static/images/view.jpg
     """
     if load_in_4bit and load_in_8bit:
         raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
+    terminal_only = {
+        "--image": image,
+        "--system": system,
+        "--temperature": temperature,
+        "--top-p": top_p != 1,
+        "--seed": seed is not None,
+    }
+    for option, given in terminal_only.items():
+        if web and given:
+            raise typer.BadParameter("is for the terminal; leave it out with --web", param_hint=option)
 
-    from shortv_llava.chat import Conversation, Terminal, load
+    from shortv_llava.chat import Conversation, Terminal
+    from shortv_llava.errors import ShortVError
     from shortv_llava.images import load_image
+    from shortv_llava.package import load
+
+    if web:
+        if find_spec("gradio") is None:
+            raise ShortVError("--web needs gradio: pip install gradio")
+        from shortv_llava.web import show
+
+        loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
+        return show(loaded.model, loaded.processor, Path(model).name, max_new_tokens)
 
     images = [(load_image(source), source) for source in image or ()]
     loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
@@ -251,6 +296,76 @@ def chat(
     for picture, source in images:
         conversation.attach(picture, source)
     Terminal(conversation, model, loaded.package_layers).run()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder for answers and results; an interrupted run continues there.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="A benchmark of LLaVA's: `shortv evaluate MODEL --task help --output .` lists them."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The task's data, laid out as LLaVA's playground/data/eval; else from the Hub.")
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="Or your own questions, in LLaVA's JSONL.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that they name.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Score your own questions' answers with this metric.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="With the dense model beside.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option(help="Compare numbers of replaced layers, as `8,16,24`, with the dense model.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Package folder whose model card shall tell the results.")] = None,
+    replaced_layers: ReplacedLayers = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in the model at once.")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; the task's own, or 128.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    shared_prefix: Annotated[
+        bool, typer.Option(help="Prefill a picture once for all questions about it, or for each anew.")
+    ] = True,
+    dtype: Dtype = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Needs bitsandbytes.")] = False,
+) -> None:
+    """Answer a benchmark's questions or your own, score the answers, compare with the dense model.
+
+    Several GPUs: `accelerate launch -m shortv_llava.evaluation MODEL …`
+
+    Examples:
+
+        shortv evaluate llava-1.5-7b-shortv --task gqa --compare --output results/gqa --card llava-1.5-7b-shortv
+
+        shortv evaluate llava-1.5-7b-shortv --task pope --sweep 4,8,12,16,19,24,28 --output results/pope
+
+        shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
+    """
+    from shortv_llava.evaluation.command import Data, run
+
+    run(
+        model,
+        Data(task, data, questions, images, metric),
+        output,
+        compare=compare,
+        sweep=sweep,
+        card=card,
+        loading={
+            "replaced_layers": replaced_layers,
+            "dtype": dtype,
+            "device_map": device_map,
+            "load_in_4bit": load_in_4bit,
+            "load_in_8bit": load_in_8bit,
+        },
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        shared_prefix=shared_prefix,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 @app.command()

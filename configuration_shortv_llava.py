@@ -37,6 +37,7 @@ class ShortVConfigMixin:
             "AutoConfig": f"configuration_shortv_llava.{type(self).__name__}",
             "AutoModel": f"{module}.{name}",
             "AutoModelForImageTextToText": f"{module}.{name}",
+            "AutoModelForMultimodalLM": f"{module}.{name}",
         }
         super().__init__(**kwargs)
         self.set_replaced_layers(replaced_layers, replaced_attention_layers, replaced_ffn_layers)
@@ -124,3 +125,11 @@ class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
 
 ShortVLlavaConfig.register_for_auto_class()
 ShortVLlavaNextConfig.register_for_auto_class()
+
+try:  # `transformers serve` looks here which auto class loads a model, before any of the model's own code is imported
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError:  # transformers 4, whose server takes no custom classes
+    pass
+else:
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaForConditionalGeneration"
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["shortv_llava_next"] = "ShortVLlavaNextForConditionalGeneration"

@@ -16,6 +16,8 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    SpaceCard,
+    SpaceCardData,
     constants,
     hf_hub_download,
     snapshot_download,
@@ -51,6 +53,11 @@ from shortv_llava.package import (
 )
 
 logger = logging.getLogger(__name__)
+
+# A Space: the web page, what it imports, and the libraries to install beside Gradio, which the Hub brings.
+SPACE_FILES = {"app.py": "web.py", "shortv_llava/flops.py": "flops.py"}
+SPACE_REQUIREMENTS = "accelerate>=1.0\npillow>=10\ntorch>=2.6\ntransformers>=4.57\n"
+GRADIO_VERSION = "6.31.0"
 
 
 class Change(NamedTuple):
@@ -118,8 +125,7 @@ def push(
     api = HfApi()
     with _hub_errors(repo_id):
         remote = _remote(api, repo_id, revision)
-    if private and remote.commit and not remote.private:
-        raise ShortVError(f"{repo_id}: is public already; make it private in its settings, or leave out --private")
+    _check_privacy(repo_id, private, remote)
     source = _source(api, weights_from, folder, config) if weights_from else None
     card = _card(folder, repo_id, remote, license, source)
     operations = list(_operations(folder, card, remote, source))
@@ -144,6 +150,59 @@ def push(
     if source:
         _compare_weights(api, repo_id, info.pr_revision if create_pr else info.oid, source)
     return Pushed(changes, info.pr_url if create_pr else info.commit_url)
+
+
+def push_space(repo_id: str, *, private: bool = False, message: str | None = None, dry_run: bool = False) -> Pushed:
+    """Make the Space `repo_id` show the model `repo_id`, in one commit; none if it does already.
+
+    Files that only the Space has are left alone, and so is what its README.md says beyond what the page needs.
+
+    Args:
+        private, message, dry_run: as for [`push`].
+
+    Raises:
+        ShortVError: if the Hub does not do its part. The Space is as before.
+    """
+    _check_target(repo_id, dry_run)
+    api, name = HfApi(), f"spaces/{repo_id}"
+    with _hub_errors(name):
+        remote = _remote(api, repo_id, None, "space")
+    _check_privacy(name, private, remote)
+    contents = {CARD_FILE: str(_space_card(repo_id, remote)).encode(), "requirements.txt": SPACE_REQUIREMENTS.encode()}
+    contents |= {path: (Path(__file__).parent / source).read_bytes() for path, source in SPACE_FILES.items()}
+    operations = _changed([CommitOperationAdd(path, content) for path, content in contents.items()], remote)
+    changes = [_change(operation, remote, None) for operation in operations]
+    if dry_run:
+        return Pushed(changes, None)
+    with _hub_errors(name):
+        if remote.commit is None:
+            api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        if not operations:
+            return Pushed([], None)
+        info = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message or "Web page of the ShortV model",
+            repo_type="space",
+            parent_commit=remote.commit,
+        )
+    return Pushed(changes, info.commit_url)
+
+
+def _space_card(repo_id: str, remote: Remote) -> SpaceCard:
+    """The README.md of a Space: the Hub's settings for it, among them the model that the page loads, and a text."""
+    title = repo_id.split("/")[-1]
+    known = {"title": title, "emoji": "🖼️", "colorFrom": "indigo", "colorTo": "green", "license": "apache-2.0"}
+    text = f"# {title}\n\nTalk to [{repo_id}](https://huggingface.co/{repo_id}), with its dense model beside it.\n"
+    if CARD_FILE in remote.files:
+        with _hub_errors(f"spaces/{repo_id}"):
+            path = hf_hub_download(repo_id, CARD_FILE, revision=remote.commit, repo_type="space")
+        existing = read_card(Path(path))
+        known, text = existing.data.to_dict(), existing.text
+    models = known.get("models") or []
+    models = dict.fromkeys([repo_id, *([models] if isinstance(models, str) else models)])
+    needed = {"sdk": "gradio", "sdk_version": GRADIO_VERSION, "app_file": "app.py", "models": list(models)}
+    return SpaceCard(f"---\n{SpaceCardData(**known | needed).to_yaml()}\n---\n{text}")
 
 
 # The folder
@@ -247,21 +306,26 @@ def _check_target(repo_id: str, dry_run: bool) -> None:
         raise ShortVError(f"{repo_id}: no token was found; run `hf auth login` or set HF_TOKEN")
 
 
-def _remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
+def _check_privacy(name: str, private: bool, remote: Remote) -> None:
+    if private and remote.commit and not remote.private:
+        raise ShortVError(f"{name}: is public already; make it private in its settings, or leave out --private")
+
+
+def _remote(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "model") -> Remote:
     has_revision = True
     try:
-        info = api.repo_info(repo_id, revision=revision)
+        info = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
     except RevisionNotFoundError:
-        info, has_revision = api.repo_info(repo_id), False
+        info, has_revision = api.repo_info(repo_id, repo_type=repo_type), False
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
         return Remote(None, False, revision is None, {})
-    return Remote(info.sha, info.private, has_revision, _files(api, repo_id, info.sha))
+    return Remote(info.sha, info.private, has_revision, _files(api, repo_id, info.sha, repo_type))
 
 
-def _files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+def _files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> dict[str, RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 

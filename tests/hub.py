@@ -7,8 +7,9 @@
 The client is the installed one. None of its code is replaced, it is configured: inside the `with` block this process
 has the server as HF_ENDPOINT, is online, and has Xet off; a subprocess gets the same by the environment `hub.env(...)`.
 
-Only model repositories exist. Large files move over LFS, as to any client without Xet, and live behind a second port:
-like the storage hosts of the real Hub it is another origin, which gets signed links and no token.
+Only models and Spaces exist; the id of a Space is "spaces/alice/page" here. Large files move over LFS, as to any client
+without Xet, and live behind a second port: like the storage hosts of the real Hub it is another origin, which gets
+signed links and no token.
 """
 
 import base64
@@ -43,6 +44,8 @@ LFS_PATTERNS = (
     "*.wasm *.webp *.xz *.zip *.zst *tfevents*"
 ).split()
 LFS_THRESHOLD = 10 * 2**20
+SPACE_COLORS = set("red yellow green blue indigo purple pink gray".split())
+SPACE_SDKS = set("docker gradio static".split())
 LICENSES = set(
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
     "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
@@ -90,7 +93,7 @@ class User:
 
     def owns(self, repo_id):
         """Whether the repository is in a namespace of the user."""
-        return repo_id.split("/")[0] in (self.name, *self.orgs)
+        return repo_id.removeprefix("spaces/").split("/")[0] in (self.name, *self.orgs)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository. `refs` are full git names ("refs/heads/main", "refs/tags/v1", "refs/pr/1") to commit ids."""
+    """A repository. `refs` are full git names ("refs/heads/main", "refs/tags/v1", "refs/pr/1") to commit ids."""
 
     id: str
     private: bool = False
@@ -498,7 +501,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 ENDPOINTS = {}
 STORAGE = ("lfs_upload", "lfs_download")  # signed links, without a token
-REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+REPO, REVISION = r"(?P<repo_id>(?:spaces/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+API = f"/api/(?=models/|spaces/)(?:models/)?{REPO}"
 
 
 def _endpoint(method, path):
@@ -571,6 +575,10 @@ def check_card(content):
         check(key, str.strip, "must be a string")
     for key in ("library_name", "pipeline_tag", "license_name", "license_link"):
         check(key, str.strip, "must be a string", many=False)
+    check("models", REPO_ID.fullmatch, "is not valid. Use a model id from https://hf.co/models.")
+    check("sdk", SPACE_SDKS.__contains__, f"must be one of {sorted(SPACE_SDKS)}", many=False)
+    for key in ("colorFrom", "colorTo"):
+        check(key, SPACE_COLORS.__contains__, f"must be one of {sorted(SPACE_COLORS)}", many=False)
     for key in ("tags", "model-index"):
         if not isinstance(data.get(key, []), list):
             errors.append(f'"{key}" must be an array')
@@ -601,17 +609,23 @@ def _create_repo(hub, request):
     wanted, user = request.json(), request.user
     if user is None:
         raise HubError(401, "Invalid username or password.")
-    if wanted.get("type") not in (None, "model"):
-        raise HubError(400, "This Hub has models only")
-    repo_id = f"{wanted.get('organization') or user.name}/{wanted['name']}"
+    kind = wanted.get("type") or "model"
+    if kind not in ("model", "space"):
+        raise HubError(400, "This Hub has models and Spaces only")
+    repo_id = f"{'spaces/' * (kind == 'space')}{wanted.get('organization') or user.name}/{wanted['name']}"
     if user.role != "write" or not user.owns(repo_id):
         raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{repo_id}"')
     link = {"url": f"{hub.url}/{repo_id}", "name": repo_id}
     if repo_id in hub.repos():
-        return _json({"error": "You already created this model repo", **link}, 409)
+        return _json({"error": f"You already created this {kind} repo", **link}, 409)
     attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
     private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-    hub.add_repo(repo_id, {".gitattributes": attributes.encode()}, private=private, region=wanted.get("region") or "us")
+    files = {".gitattributes": attributes.encode()}
+    if kind == "space":
+        if wanted.get("sdk") not in SPACE_SDKS:
+            raise HubError(400, f"sdk must be one of {sorted(SPACE_SDKS)}")
+        files["README.md"] = f"---\ntitle: {wanted['name']}\nsdk: {wanted['sdk']}\n---\n".encode()
+    hub.add_repo(repo_id, files, private=private, region=wanted.get("region") or "us")
     return _json(link)
 
 
@@ -623,10 +637,10 @@ def _delete_repo(hub, request):
     return _json({})
 
 
-@_endpoint("GET", f"/api/models/{REPO}(/revision/{REVISION})?")
+@_endpoint("GET", f"{API}(/revision/{REVISION})?")
 def _repo_info(hub, request, repo_id, revision):
     repo = hub._readable(request, repo_id)
-    commit = repo.resolve(revision or "main")
+    commit, name = repo.resolve(revision or "main"), repo_id.removeprefix("spaces/")
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
     for sibling in siblings if request.query.get("blobs") else ():
         file = commit.files[sibling["rfilename"]]
@@ -638,7 +652,7 @@ def _repo_info(hub, request, repo_id, revision):
     card = (block and not check_card(readme)[0] and yaml.safe_load(block[1])) or {}
     return _json(
         {
-            **{"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit.oid},
+            **{"id": name, "modelId": name, "author": name.split("/")[0], "sha": commit.oid},
             **{"createdAt": hub.commits(repo_id)[-1].date, "lastModified": commit.date},
             **{"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0},
             **{key: card[key] for key in ("library_name", "pipeline_tag") if key in card},
@@ -647,7 +661,7 @@ def _repo_info(hub, request, repo_id, revision):
     )
 
 
-@_endpoint("GET", f"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
+@_endpoint("GET", f"{API}/tree/{REVISION}(/(?P<folder>.+))?")
 def _tree(hub, request, repo_id, revision, folder):
     repo = hub._readable(request, repo_id)
     recursive, entries = request.query.get("recursive", "").lower() == "true", {}
@@ -667,7 +681,7 @@ def _tree(hub, request, repo_id, revision, folder):
     return _page(hub, request, [entries[path] for path in sorted(entries)])
 
 
-@_endpoint("POST", f"/api/models/{REPO}/paths-info/{REVISION}")
+@_endpoint("POST", f"{API}/paths-info/{REVISION}")
 def _paths_info(hub, request, repo_id, revision):
     repo = hub._readable(request, repo_id)
     files = repo.resolve(revision).files
@@ -675,7 +689,7 @@ def _paths_info(hub, request, repo_id, revision):
     return _json([repo.describe(path, files[path]) for path in paths if path in files])
 
 
-@_endpoint("GET", f"/api/models/{REPO}/refs")
+@_endpoint("GET", f"{API}/refs")
 def _refs(hub, request, repo_id):
     groups = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/"}
     refs = hub._readable(request, repo_id).refs
@@ -690,7 +704,7 @@ def _refs(hub, request, repo_id):
     return _json({**listing, "converts": []})
 
 
-@_endpoint("GET", f"/api/models/{REPO}/commits/{REVISION}")
+@_endpoint("GET", f"{API}/commits/{REVISION}")
 def _commits(hub, request, repo_id, revision):
     hub._readable(request, repo_id)
     history = [
@@ -700,7 +714,7 @@ def _commits(hub, request, repo_id, revision):
     return _page(hub, request, history)
 
 
-@_endpoint("POST DELETE", f"/api/models/{REPO}/(?P<kind>branch|tag)/{REVISION}")
+@_endpoint("POST DELETE", f"{API}/(?P<kind>branch|tag)/{REVISION}")
 def _ref(hub, request, repo_id, kind, revision):
     repo = hub._writable(request, repo_id)
     wanted = request.json() if request.body else {}
@@ -717,7 +731,7 @@ def _ref(hub, request, repo_id, kind, revision):
     return _json({})
 
 
-@_endpoint("POST", f"/api/models/{REPO}/preupload/{REVISION}")
+@_endpoint("POST", f"{API}/preupload/{REVISION}")
 def _preupload(hub, request, repo_id, revision):
     repo = hub._writable(request, repo_id, pull_request="create_pr" in request.query)
     present, answers = repo.resolve(revision).files, []
@@ -776,7 +790,7 @@ def _lfs_verify(hub, request, repo_id):
     return _json({})
 
 
-@_endpoint("POST", f"/api/models/{REPO}/lfs-files/duplicate")
+@_endpoint("POST", f"{API}/lfs-files/duplicate")
 def _lfs_duplicate(hub, request, repo_id):
     wanted, source = request.json(), hub._readable(request, repo_id)
     target = hub._writable(request, wanted["target"]["name"])
@@ -788,7 +802,7 @@ def _lfs_duplicate(hub, request, repo_id):
     return _json({"success": known, "failed": [{"sha256": oid, "error": "not found"} for oid in missing]})
 
 
-@_endpoint("POST", f"/api/models/{REPO}/commit/{REVISION}")
+@_endpoint("POST", f"{API}/commit/{REVISION}")
 def _commit(hub, request, repo_id, revision):
     create_pr = "create_pr" in request.query
     repo = hub._writable(request, repo_id, create_pr)

@@ -58,7 +58,8 @@ def test_saved_and_read_again(config_class, tmp_path):
     config(config_class, **settings).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == config_class.model_type
-    assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    autos = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(written["auto_map"]) == autos
     read = config_class.from_pretrained(tmp_path)
     assert {name: getattr(read, name) for name in settings} == settings
     assert read.frozen_layers() == ({0, 1, 3}, {0, 2, 3})

@@ -536,7 +536,7 @@ def test_other_refusals(hub, api):
     assert send("GET", f"{hub.url}/nothing/here/at/all") == 404
     with pytest.raises(HfHubHTTPError, match="401"):
         api.create_repo("alice/new", token=False)
-    with pytest.raises(BadRequestError, match="models only"):
+    with pytest.raises(BadRequestError, match="models and Spaces only"):
         api.create_repo("alice/new", repo_type="dataset")
     with pytest.raises(RevisionNotFoundError):
         api.delete_tag("alice/model", tag="v0")

@@ -1,0 +1,178 @@
+"""A web page to talk to a ShortV model, with the dense model beside it.
+
+`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There only flops.py of
+this repository lies beside it; the model brings its own code from the Hub.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import torch
+from huggingface_hub import SpaceCard
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from shortv_llava.flops import flops_ratio
+
+SHORTV, DENSE = "ShortV", "Dense model"
+
+
+def replacement_order(config) -> list[int]:
+    """Layers in the order in which the slider replaces them: the model's own, then, where scored, the others by LC."""
+    order = list(config.replaced_layers)
+    if config.lc_scores:
+        others = set(range(config.text_config.num_hidden_layers)) - set(order)
+        order += sorted(others, key=lambda layer: (config.lc_scores[layer], -layer))
+    return order
+
+
+@torch.no_grad()
+def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Iterator[tuple[str, float, float]]:
+    """Answer a conversation, taking the likeliest token each time.
+
+    The conversation is prefilled as a whole in every turn, for figures that can be compared.
+
+    Yields:
+        The answer so far, the seconds that the model took for its first token, and the prefill's FLOPs over the dense
+        model's.
+
+    Raises:
+        gr.Error: if the conversation leaves no room in the model's context.
+    """
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device, model.dtype)
+    length = inputs["input_ids"].shape[1]
+    room = model.config.text_config.max_position_embeddings - length
+    if room < 1:
+        message = f"{length} tokens are too many for the model's context; start a new conversation."
+        raise gr.Error(message, print_exception=False)
+    visual_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    ratio = flops_ratio(model.config, length - visual_tokens, visual_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    answer, seconds = [], None
+    began = time.perf_counter()
+    while len(answer) < min(max_new_tokens, room) and not ends.intersection(answer):
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        answer.append(int(token))
+        seconds = seconds or time.perf_counter() - began
+        yield processor.decode(answer, skip_special_tokens=True).strip(), seconds, ratio
+        inputs = {"input_ids": token, "past_key_values": output.past_key_values}
+
+
+def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
+    """The page for a model, which others must not use at the same time.
+
+    Args:
+        name: of the model, for the page's head.
+        max_new_tokens: of an answer.
+    """
+    config = model.config
+    num_layers, number_replaced = config.text_config.num_hidden_layers, len(config.replaced_layers)
+    order = replacement_order(config)
+    attention, ffn = list(config.replaced_attention_layers), list(config.replaced_ffn_layers)
+
+    def set_layers(side: str, number: int) -> None:
+        replaced = order[:number]
+        blocks = ([layer for layer in layers if layer not in replaced] for layers in (attention, ffn))
+        model.set_replaced_layers(*((replaced, *blocks) if side == SHORTV else ()))
+
+    def ask(picture, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
+        """Both answers, growing. `chats` holds each side's conversation as chat templates take it, text last."""
+        if not question.strip():
+            raise gr.Error("Ask something first.", print_exception=False)
+        if processor.image_token in question:
+            raise gr.Error(f"Leave {processor.image_token} out of the question.", print_exception=False)
+        updates = {}
+        for side in (SHORTV, DENSE) if compare else (SHORTV,):
+            content = [{"type": "text", "text": question.strip()}]
+            if picture is not None and not chats[side]:
+                content.insert(0, {"type": "image", "image": picture})
+            messages = [*chats[side], {"role": "user", "content": content}]
+            set_layers(side, number)
+            for text, seconds, ratio in generate(model, processor, messages, max_new_tokens):
+                answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+                shown = [{**message, "content": message["content"][-1]["text"]} for message in (*messages, answer)]
+                figures = (
+                    f"First token after **{seconds:.3f} s** · **{ratio:.0%}** of the dense FLOPs · "
+                    f"{len(config.replaced_layers)} layers replaced"
+                )
+                updates |= {chat[side]: shown, figure[side]: figures}
+                yield updates
+            chats = {**chats, side: [*messages, answer]}
+        yield updates | {conversations: chats, box: ""}
+
+    def start_anew() -> list:
+        return [{SHORTV: [], DENSE: []}, [], [], "", ""]
+
+    with gr.Blocks(title=name, analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# {name}\n[ShortV](https://arxiv.org/abs/2504.00502) freezes the picture's tokens in some of the model's "
+            f"{num_layers} layers. No weight differs from the dense model's."
+        )
+        conversations = gr.State({SHORTV: [], DENSE: []})
+        chat, figure = {}, {}
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                picture = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard"], height=280)
+                number = gr.Slider(
+                    0,
+                    max(1, len(order)),
+                    number_replaced,
+                    step=1,
+                    label=f"Layers replaced, of {num_layers}",
+                    visible=bool(order),
+                )
+                compare = gr.Checkbox(True, label="Ask the dense model too")
+                anew = gr.Button("New conversation")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    for side in (SHORTV, DENSE):
+                        with gr.Column(min_width=260):
+                            chat[side] = gr.Chatbot(label=side, height=440, buttons=[])
+                            figure[side] = gr.Markdown()
+                with gr.Row():
+                    box = gr.Textbox(placeholder="Ask about the picture", show_label=False, scale=5)
+                    button = gr.Button("Ask", variant="primary", scale=1, min_width=80)
+        asking = gr.on(
+            [box.submit, button.click],
+            ask,
+            [picture, box, number, compare, conversations],
+            [conversations, box, *chat.values(), *figure.values()],
+            concurrency_limit=1,
+        )
+        # Both sides must have seen the same turns.
+        gr.on(
+            [anew.click, picture.change, compare.change, *(shown.clear for shown in chat.values())],
+            start_anew,
+            None,
+            [conversations, *chat.values(), *figure.values()],
+            api_name="start_anew",
+            cancels=asking,
+        )
+    return page
+
+
+def show(model, processor, name: str, max_new_tokens: int = 512) -> None:
+    """Serve the page until interrupted, on this machine alone unless GRADIO_SERVER_NAME says otherwise."""
+    # The first pass through a model is slow, which must not count for the first question.
+    blank = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "What is it?"}]
+    for _ in generate(model, processor, [{"role": "user", "content": blank}], max_new_tokens=1):
+        pass
+    build(model, processor, name, max_new_tokens).launch(share=False, ssr_mode=False)
+
+
+def main() -> None:
+    """A Space: the page of the first model that its README.md names."""
+    name = SpaceCard.load(Path(__file__).with_name("README.md")).data.models[0]
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", trust_remote_code=True)
+    show(model, processor, name)
+
+
+if __name__ == "__main__":
+    main()
