@@ -408,7 +408,7 @@ def _measured(path: Path, around: int = 2) -> list[str]:
         for number, entry in enumerate(curve[max(0, chosen - around) : chosen + around + 1], max(0, chosen - around)):
             cost, mark = entry["cost"], "**" if number == chosen else ""
             change = "" if cost["nll_change"] is None else f"{cost['nll_change']:+.4f}"
-            cells = (entry["number"], f"{entry['flops_ratio']:.1%}", f"{cost['kl']:.4f} ± {cost['kl_interval']:.4f}",
+            cells = (entry["number"], f"{entry['flops_ratio']:.1%}", f"{cost['kl']:.2e} ± {cost['kl_interval']:.0e}",
                      f"{cost['agreement']:.0%}", change)  # fmt: skip
             rows.append([f"{mark}{cell}{mark}" if cell != "" else "" for cell in cells])
         held_out = len(found["held_out"])

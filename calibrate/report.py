@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
@@ -17,7 +19,7 @@ def _bar(score: float, highest: float) -> str:
     """A bar that spans four decades below the highest score."""
     if score <= 0:
         return ""
-    return "█" * max(1, round(24 + 6 * math.log10(score / highest)))
+    return "█" * max(1, round(8 + 2 * math.log10(score / highest)))
 
 
 def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]], shares: Sequence[float]) -> Table:
@@ -28,17 +30,17 @@ def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]
         frozen: the configuration's three lists.
         shares: of bootstrap resamples that choose each unit.
     """
-    table = Table(title="Layer Contribution", title_justify="left")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="Layer Contribution", title_justify="left")
     for column in ("layer", *(f"{tokens} LC" for tokens in scores)):
         table.add_column(column, justify="right")
     table.add_column("log scale")
     table.add_column("frozen")
-    table.add_column("in resamples", justify="right")
+    table.add_column("sure, %", justify="right", no_wrap=True)
     first = next(iter(scores.values()))
     for layer, score in enumerate(first):
-        cells = [f"{values[layer]:.3e}" for values in scores.values()]
+        cells = [f"{values[layer]:.1e}" for values in scores.values()]
         what = ", ".join(WHAT_IS_FROZEN[key] for key, layers in frozen.items() if layer in layers)
-        share = " / ".join(f"{share:.0%}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
+        share = " / ".join(f"{100 * share:.0f}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
         table.add_row(str(layer), *cells, _bar(score, max(first)), what, share)
     return table
 
@@ -56,7 +58,9 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
         chosen: index into `curve`.
     """
     table = Table(
-        title=f"Cost of {granularity}s frozen together, on samples not used for choosing", title_justify="left"
+        box=box.SIMPLE,
+        title=f"Cost of {granularity}s frozen together, on samples not used for choosing",
+        title_justify="left",
     )
     for column in ("frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"):
         table.add_column(column, justify="right")
@@ -65,8 +69,8 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
         table.add_row(
             f"{curve[index]['number']}",
             f"{curve[index]['flops_ratio']:.3f}",
-            f"{cost.kl:.4f}",
-            f"{cost.kl_interval:.4f}",
+            f"{cost.kl:.2e}",
+            f"{cost.kl_interval:.0e}",
             f"{cost.agreement:.0%}",
             "" if cost.nll_change is None else f"{cost.nll_change:+.4f}",
             style="bold" if index == chosen else None,
@@ -77,16 +81,15 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
 def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]) -> None:
     """The paper's Figure 3: LC of every layer for each set of tokens, log scale, the replaced layers marked."""
     figure, axes = new_figure()
-    for (tokens, values), marker in zip(scores.items(), "os^"):
-        axes.plot(
-            range(len(values)), [value or math.nan for value in values], f"-{marker}", label=f"{tokens} tokens", ms=5
-        )
+    for (name, values), marker in zip(scores.items(), cycle("os^vDP")):
+        axes.plot(range(len(values)), [value or math.nan for value in values], f"-{marker}", label=name, ms=5)
     visual = next(iter(scores.values()))
     for (key, name), color in zip(WHAT_IS_FROZEN.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
         for index, layer in enumerate(frozen[key]):
             label = f"{name} frozen" if index == 0 else None
             axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)
     axes.set(yscale="log", xlabel="layer", ylabel="Layer Contribution (KL, nats)", xlim=(-0.5, len(visual) - 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, axes, path)
 
 

@@ -293,7 +293,7 @@ def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str,
         console.print(report.cost_table(name, candidate.curve, candidate.number))
     if len(candidates) > 1:
         kls = {name: candidate.chosen["cost"].kl for name, candidate in candidates.items()}
-        found = ", ".join(f"{name} {kl:.4f}" for name, kl in kls.items())
+        found = ", ".join(f"{name} {kl:.2e}" for name, kl in kls.items())
         console.print(
             f"KL at the same FLOPs: {found}; taken: {best}, {min(kls.values()) / max(kls.values()):.2f} of the other's"
         )

@@ -107,7 +107,7 @@ def test_calibrated_layers(tmp_path):
     found = CALIBRATION | {"flops_ratio": 1 - 2 / 64, "held_out": ["a", "b"], "curves": {"layer": curve}}
     (folder / "calibration.json").write_text(json.dumps(found))
     card = make_card(folder, "me/it")
-    for said in ["](lc_scores.png)", "](tradeoff.png)", "on 2 samples", "| **2** | **96.9%** | **0.0200 ± 0.0010** |"]:
+    for said in ["](lc_scores.png)", "](tradeoff.png)", "on 2 samples", "| **2** | **96.9%** | **2.00e-02 ± 1e-03** |"]:
         assert said in card.text
     assert "| 4 | 93.8% |" in card.text and "| 5 | 92" not in card.text
     assert card.data.datasets == ["lmms-lab/GQA"]
