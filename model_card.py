@@ -340,8 +340,10 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
     if (folder / "lc_scores.png").is_file():
         parts.append("![Layer Contribution of every layer, the replaced ones marked](lc_scores.png)")
     if config.lc_scores:
-        chosen = frozenset().union(*config.frozen_layers())
-        rows = [(i, f"{score:.3e}", "yes" if i in chosen else "") for i, score in enumerate(config.lc_scores)]
+        what = {layer: "layer" for layer in config.replaced_layers}
+        what |= {layer: "attention" for layer in config.replaced_attention_layers}
+        what |= {layer: "FFN" for layer in config.replaced_ffn_layers}
+        rows = [(i, f"{score:.3e}", what.get(i, "")) for i, score in enumerate(config.lc_scores)]
         tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
         table = _table(("layer", f"LC of {tokens[0]} tokens", "frozen"), rows)
         parts.append(

@@ -14,7 +14,9 @@ import typer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.flops import flops_ratio
+from shortv_llava.package import load_processor
 
 PATCH = 14
 IMAGE_TOKEN = 999
@@ -57,6 +59,16 @@ def make_pair(width: int, num_layers: int, image_side: int):
     stock = LlavaForConditionalGeneration(config).eval()
     stock.load_state_dict(ours.state_dict(), assign=True)
     return stock, ours
+
+
+def make_processor(model):
+    """A processor for a model of [`make_pair`], which is told the image token, with the embedded checkpoint's words."""
+    processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
+    processor.patch_size = PATCH
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    model.config.image_token_id = processor.image_token_id
+    return processor
 
 
 def make_inputs(model, text_tokens: int, batch: int = 1) -> dict:

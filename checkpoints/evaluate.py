@@ -134,7 +134,7 @@ def main(
             row = [statistics.mean(column) for column in zip(*rows)]
             spread = statistics.stdev(row[-2] for row in rows) if seeds > 1 else 0
             choice = choice._replace(name=f"{choice.name.split(',')[0]}, mean of {seeds} (all: ± {spread:.1f})")
-        table.add_row(choice.name, f"{row[0]:.2f}", f"{row[1]:.1e}", *(f"{value:.1f}" for value in row[2:]))
+        table.add_row(choice.name, f"{row[0]:.2f}", f"{row[1]:.3f}", *(f"{value:.1f}" for value in row[2:]))
     Console(width=200).print(table)
 
 

@@ -144,9 +144,14 @@ class Answerer:
         for start in range(0, len(rests), self.batch_size):
             numbers, indices, ids = zip(*rests[start : start + self.batch_size])
             indices, tail = torch.tensor(indices, device=self.model.device), self._pad(ids)
+
+            def of_rows(states: torch.Tensor, indices=indices) -> torch.Tensor:
+                # The cache copies what it is given; of one picture's states no copy is made before.
+                return states[indices] if len(groups) > 1 else states.expand(len(indices), -1, -1, -1)
+
             copied = DynamicCache()
             for layer, states in enumerate(cache.layers):
-                copied.update(states.keys[indices], states.values[indices], layer)
+                copied.update(of_rows(states.keys), of_rows(states.values), layer)
             joined = {key: torch.cat([inputs[key][indices], tail[key]], dim=1) for key in tail}
             for number, answer in zip(numbers, self._generate(joined, past_key_values=copied)):
                 answers[number] = answer

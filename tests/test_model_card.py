@@ -88,7 +88,7 @@ def test_calibrated_layers(tmp_path):
     text = make_card(folder, "me/it").text
     for said in [
         *("(ids from 0): 31, 30.", "- samples: 20", "- seed: 3", "- strategy: lc", "KL(variant || model)"),
-        *("- data: lmms-lab/GQA, questions.jsonl", "| 31 | 1.562e-02 | yes |", "| 0 | 5.000e-01 |  |"),
+        *("- data: lmms-lab/GQA, questions.jsonl", "| 31 | 1.562e-02 | layer |", "| 0 | 5.000e-01 |  |"),
     ]:
         assert said in text
     assert "chosen on this checkpoint by their Layer Contribution" in text and "| LC of visual tokens |" in text

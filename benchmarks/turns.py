@@ -1,0 +1,41 @@
+"""Time to first token in the first and second turn of a chat: `python -m shortv_llava.benchmarks.turns`."""
+
+import statistics
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from shortv_llava.benchmarks.prefill import make_pair, make_processor
+from shortv_llava.chat import Conversation
+
+
+def main(
+    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    num_layers: int = 16,
+    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
+    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
+    conversations: int = 5,
+) -> None:
+    """Compare the turns, dense and with replaced layers."""
+    _, model = make_pair(width, num_layers, image_side)
+    processor, side = make_processor(model), model.config.vision_config.image_size
+    picture = Image.effect_noise((side, side), 64).convert("RGB")
+    for layers in ([], list(range(num_layers))[num_layers - round(fraction * num_layers) :]):
+        model.set_replaced_layers(layers)
+        found = []
+        for _ in range(conversations + 1):  # the first warms up
+            conversation = Conversation(model, processor, max_new_tokens=1)
+            conversation.attach(picture, "noise.png")
+            for question in ("What is in the picture?", "And what is left of it?"):
+                for _ in conversation.ask(question):
+                    pass
+            found.append(conversation.turns)
+        print(f"{len(layers)} of {num_layers} layers replaced")
+        for number, turn in enumerate(found[-1]):
+            seconds = statistics.median(turns[number].first_token_seconds for turns in found[1:])
+            print(f"  turn {number + 1}: {turn.visual_tokens} + {turn.text_tokens} tokens prefilled, {seconds:.3f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)
