@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 
-.PHONY: demo test test-oldest clean
+.PHONY: demo test test-oldest test-lmms-eval clean
 
 demo: .venv/installed
 	.venv/bin/shortv demo
@@ -11,19 +11,36 @@ test: .venv/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest
 
+test-lmms-eval: .venv-lmms-eval/lmms-eval
+	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
+
+# Servers and the web page are of the newest transformers alone.
+.venv/installed: EXTRAS = test,serve,web
 .venv/installed: constraints.txt pyproject.toml
 	$(call install,.venv,constraints.txt)
 
+.venv-oldest/installed: EXTRAS = test
 .venv-oldest/installed: constraints-oldest.txt pyproject.toml
 	$(call install,.venv-oldest,constraints-oldest.txt)
+
+.venv-lmms-eval/installed: EXTRAS = test
+.venv-lmms-eval/installed: constraints.txt pyproject.toml
+	$(call install,.venv-lmms-eval,constraints.txt)
+
+# Without most of what lmms-eval asks for: that is for other models, for videos and for judges.
+.venv-lmms-eval/lmms-eval: PIP = .venv-lmms-eval/bin/python -m pip install --quiet --disable-pip-version-check
+.venv-lmms-eval/lmms-eval: .venv-lmms-eval/installed constraints-lmms-eval.txt
+	$(PIP) --constraint constraints-lmms-eval.txt loguru pytablewriter pytz sacrebleu tenacity
+	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
+	touch $@
 
 # torch is installed by name: found that way, its CPU build is taken where there is one.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) torch
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[test]'
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[$(EXTRAS)]'
 	touch $@
 endef
 
 clean:
-	rm -rf .venv .venv-oldest demo-output
+	rm -rf .venv .venv-oldest .venv-lmms-eval demo-output
