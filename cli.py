@@ -390,7 +390,7 @@ def main(*command: str) -> None:
     try:
         app(args=arguments, prog_name="shortv")
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; nothing was written"))
+        sys.exit(_fail("interrupted"))
     except Exception as error:
         if verbose:
             raise
