@@ -9,6 +9,7 @@ from PIL import Image
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
+from shortv_llava.evaluation.sources import check_reachable
 from shortv_llava.images import open_image
 from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt
 
@@ -88,6 +89,7 @@ def _stream(repository: str, name: str | None, split: str, shuffle_seed=None, ta
         raise ShortVError(
             f"{repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
         ) from error
+    check_reachable(repository)
     try:
         rows = load_dataset(repository, name, split=split, streaming=True)
         if shuffle_seed is not None:

@@ -17,7 +17,7 @@ from shortv_llava.figures import new_figure, save_figure
 
 def table(results: Sequence[Result], **style) -> Table:
     """A row a variant, in 80 columns. `style` goes to rich's Table."""
-    found = Table(box=box.SIMPLE, padding=(0, 1), **style)
+    found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **style)
     rows = [_row(result) for result in results]
     for name in rows[0]:
         if any(row[name] for row in rows):

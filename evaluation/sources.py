@@ -9,10 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question, image_file, read_jsonl
+from shortv_llava.package import hub_reason
+
+REACH_SECONDS = 10
 
 
 class Table(NamedTuple):
@@ -78,6 +82,7 @@ def load_table(table: Table, **options):
         raise ShortVError(
             f"{table.repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
         ) from error
+    check_reachable(table.repository)
     if table.files is not None:
         # The data set's card counts the rows of all splits; with some of the files, that check would fail.
         options |= {"data_files": {table.split: table.files}, "verification_mode": "no_checks"}
@@ -85,6 +90,24 @@ def load_table(table: Table, **options):
         return load_dataset(table.repository, table.name, split=table.split, **options)
     except Exception as error:  # of many libraries below: network, formats, missing splits
         raise _out_of_reach(table, error) from error
+
+
+def check_reachable(repository: str) -> None:
+    """Ask the Hub for a data set once; the datasets library would repeat itself for half a minute.
+
+    Folders, and what was downloaded before if HF_HUB_OFFLINE is set, need no Hub.
+
+    Raises:
+        ShortVError: if the Hub does not answer or has no such data set.
+    """
+    if constants.HF_HUB_OFFLINE or Path(repository).exists():
+        return
+    try:
+        HfApi().dataset_info(repository, timeout=REACH_SECONDS)
+    except Exception as error:  # the client's errors differ by version and transport
+        raise ShortVError(
+            f"{repository}: cannot be read: {hub_reason(error)}, or set HF_HUB_OFFLINE=1 if it was downloaded before"
+        ) from error
 
 
 def column(table: Table, name: str) -> list:

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
+from shortv_llava.calibrate.samples import gqa_samples
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import scoring, tasks
 from shortv_llava.evaluation.questions import Question, open_images
@@ -807,3 +809,13 @@ def test_open_images(tmp_path):
     assert [image.mode for image in pictures] == ["RGB"] * 3 and open_images(Question(2, "")) == []
     with pytest.raises(ShortVError, match="b.png: no such image"):
         open_images(Question(3, "", (tmp_path / "b.png",)))
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("would try again and again"))
+    with pytest.raises(ShortVError, match="lmms-lab/POPE: cannot be read: .*check the connection"):
+        TASKS["pope"].load(None)
+    with pytest.raises(ShortVError, match="lmms-lab/GQA: cannot be read: .*check the connection"):
+        gqa_samples(1, seed=0)
