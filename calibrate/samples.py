@@ -1,7 +1,7 @@
 """Where calibration prompts come from, and how a sample becomes model inputs."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +9,11 @@ from PIL import Image
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
-from shortv_llava.evaluation.sources import check_reachable
+from shortv_llava.evaluation.sources import Table, stream
 from shortv_llava.images import open_image
 from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt
 
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
-SHUFFLE_BUFFER = 200  # pictures; what a draw from a streamed table downloads beyond its own
 
 
 class Sample(NamedTuple):
@@ -54,10 +53,10 @@ def load_samples(sources: Sequence[str], images: Path | None, number: int, seed:
 
 def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:
     """Samples of GQA's balanced testdev split: all questions are read, pictures until those of the draw are found."""
-    questions = list(_stream(repository, "testdev_balanced_instructions", "testdev"))
+    questions = list(stream(Table(repository, "testdev", "testdev_balanced_instructions")))
     drawn = random.Random(seed).sample(questions, min(number, len(questions)))
     wanted, pictures = {row["imageId"] for row in drawn}, {}
-    for row in _stream(repository, "testdev_balanced_images", "testdev"):
+    for row in stream(Table(repository, "testdev", "testdev_balanced_images")):
         if row["id"] in wanted:
             pictures[row["id"]] = row["image"]
         if len(pictures) == len(wanted):
@@ -73,33 +72,8 @@ def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:
 
 def flickr30k_samples(number: int, seed: int, repository: str = FLICKR30K) -> list[Sample]:
     """Samples of Flickr30K's test split, shuffled as they stream in."""
-    rows = _stream(repository, None, "test", shuffle_seed=seed, take=number)
+    rows = stream(Table(repository, "test"), shuffle_seed=seed, take=number)
     return [Sample(str(row["img_id"]), row["image"], CAPTION_PROMPT, row["caption"][0]) for row in rows]
-
-
-def _stream(repository: str, name: str | None, split: str, shuffle_seed=None, take=None) -> Iterable[dict]:
-    """Rows of a table on the Hub or in a local folder, as they come.
-
-    Raises:
-        ShortVError: if the datasets library is missing or the table cannot be had.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ShortVError(
-            f"{repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
-        ) from error
-    check_reachable(repository)
-    try:
-        rows = load_dataset(repository, name, split=split, streaming=True)
-        if shuffle_seed is not None:
-            rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        yield from rows if take is None else rows.take(take)
-    except Exception as error:  # of many libraries below: network, formats, missing splits
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ShortVError(
-            f"{repository}: cannot be read ({reason}); check the connection, or give --data FILE.jsonl --images DIR"
-        ) from error
 
 
 def question_samples(path: Path, images: Path) -> list[Sample]:

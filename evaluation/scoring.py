@@ -5,9 +5,9 @@ is times 100, as papers print it.
 """
 
 import inspect
-import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ RESAMPLES = 1000
 
 @cache
 def load_metric(name: str):
-    """A module of `metrics/`, through the evaluate library.
+    """The metric of a module of `metrics/`.
 
     Raises:
         ShortVError: if there is no such metric or the library is missing.
@@ -45,12 +45,14 @@ def load_metric(name: str):
         import evaluate
     except ImportError as error:
         raise ShortVError("metrics need the evaluate library; pip install 'shortv-llava[eval]'") from error
-    return evaluate.load(str(METRICS / name))
+    # Not `evaluate.load`, which copies the module into a cache that processes side by side would write at once.
+    classes = [value for value in vars(functions(name)).values() if isinstance(value, type)]
+    return next(value for value in classes if issubclass(value, evaluate.Metric))()
 
 
 def functions(name: str):
     """The Python module of a metric, for its functions."""
-    return sys.modules[type(load_metric(name)).__module__]
+    return import_module(f"shortv_llava.evaluation.metrics.{name}.{name}")
 
 
 def check_references(metric: str, questions: Sequence[Question]) -> None:

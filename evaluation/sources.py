@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from shortv_llava.evaluation.questions import Question, image_file, read_jsonl
 from shortv_llava.package import hub_reason
 
 REACH_SECONDS = 10
+SHUFFLE_BUFFER = 200  # rows, most of them with a picture
 
 
 class Table(NamedTuple):
@@ -110,23 +111,39 @@ def check_reachable(repository: str) -> None:
         ) from error
 
 
+def stream(table: Table, shuffle_seed: int | None = None, take: int | None = None, **options) -> Iterator[dict]:
+    """The rows of a table as they come, without a download of the whole.
+
+    Args:
+        shuffle_seed: for another order; SHUFFLE_BUFFER rows beyond those taken are downloaded.
+        take: how many; all by default.
+        options: for `load_dataset`.
+
+    Raises:
+        ShortVError: if the datasets library is missing or the table cannot be had.
+    """
+    rows = load_table(table, streaming=True, **options)
+    try:
+        if shuffle_seed is not None:
+            rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+        yield from rows if take is None else rows.take(take)
+    except Exception as error:  # the download happens here
+        raise _out_of_reach(table, error) from error
+
+
 def column(table: Table, name: str) -> list:
     """A column of a table of which nothing else is downloaded.
 
     Raises:
         ShortVError: if the table cannot be had.
     """
-    rows = load_table(table, streaming=True, columns=[name])
-    try:
-        return [row[name] for row in rows]
-    except Exception as error:  # the download happens here
-        raise _out_of_reach(table, error) from error
+    return [row[name] for row in stream(table, columns=[name])]
 
 
 def _out_of_reach(table: Table, error: Exception) -> ShortVError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ShortVError(
-        f"{table.repository}: cannot be read ({reason}); check the connection, or give a folder in LLaVA's layout"
+        f"{table.repository}: cannot be read ({reason}); check the connection, or give data on this disk with --data"
     )
 
 

@@ -1,5 +1,8 @@
 import os
+import tempfile
 
+_home = tempfile.TemporaryDirectory(prefix="huggingface-")  # goes with the process
+os.environ["HF_HOME"] = _home.name  # caches and tokens of whoever runs the tests are left alone
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
 
 import json

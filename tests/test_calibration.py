@@ -307,7 +307,7 @@ class TestData:
     def test_out_of_reach(self, tmp_path, source):
         done = run(tmp_path / "package", "--data", source)
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "cannot be read" in done.stderr and "--data FILE.jsonl --images DIR" in done.stderr.splitlines()[-1]
+        assert "cannot be read" in done.stderr and "give data on this disk with --data" in done.stderr.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
 
     def test_draws(self):
