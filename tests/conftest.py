@@ -1,11 +1,11 @@
 import os
 import tempfile
 
-_home = tempfile.TemporaryDirectory(prefix="huggingface-")  # goes with the process
-os.environ["HF_HOME"] = _home.name  # caches and tokens of whoever runs the tests are left alone
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")  # leaves the caches and tokens of others alone
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,12 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # small models; two threads on two busy cores wait for each other
 
 REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home():
+    yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")
