@@ -189,7 +189,7 @@ def calibrate(
     from shortv_llava.calibrate.run import Choice
     from shortv_llava.calibrate.run import calibrate as run
     from shortv_llava.calibrate.samples import load_samples
-    from shortv_llava.package import check_output, find_checkpoint, load_model, load_processor, read_config
+    from shortv_llava.package import check_output, find_checkpoint, load_model, load_processor, own_device, read_config
 
     data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
     for name, values, known in (("--direction", [direction], Direction), ("--tokens", tokens, Tokens)):
@@ -204,7 +204,7 @@ def calibrate(
     drawn = load_samples(data, images, samples + held_out, seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     processor = load_processor(folder)
-    model = load_model(folder, dtype=dtype, device_map=device_map, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
+    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     settings = {
         "base": base if not Path(base).is_dir() else Path(base).resolve().name,
         "data": [Path(source).name for source in data],

@@ -14,7 +14,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import TEXT_TOKENS, flops_ratio, image_tokens, prefill_flops
-from shortv_llava.package import CARD_FILE, PUBLISHED, TERMS_PATTERNS, config_object, hub_id, matching, read_config
+from shortv_llava.package import (
+    CARD_FILE,
+    LAYER_LISTS,
+    PUBLISHED,
+    TERMS_PATTERNS,
+    config_object,
+    hub_id,
+    matching,
+    read_config,
+)
 
 PAPER = "https://arxiv.org/abs/2504.00502"
 DATASETS = {"gqa": "lmms-lab/GQA", "flickr30k": "lmms-lab/flickr30k"}  # by their names in calibration settings
@@ -340,9 +349,7 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
     if (folder / "lc_scores.png").is_file():
         parts.append("![Layer Contribution of every layer, the replaced ones marked](lc_scores.png)")
     if config.lc_scores:
-        what = {layer: "layer" for layer in config.replaced_layers}
-        what |= {layer: "attention" for layer in config.replaced_attention_layers}
-        what |= {layer: "FFN" for layer in config.replaced_ffn_layers}
+        what = {layer: frozen for name, frozen in LAYER_LISTS.items() for layer in getattr(config, name)}
         rows = [(i, f"{score:.3e}", what.get(i, "")) for i, score in enumerate(config.lc_scores)]
         tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
         table = _table(("layer", f"LC of {tokens[0]} tokens", "frozen"), rows)

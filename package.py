@@ -44,7 +44,8 @@ OTHER_PATTERNS = (
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 MODEL_TYPES = {"llava": "shortv_llava", "llava_next": "shortv_llava_next"}
-LAYER_LISTS = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
+# The configuration's lists, and what each freezes of a layer.
+LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
 
 
@@ -306,6 +307,14 @@ def replacing(output: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path` that takes its place when the block ends well."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link, or copy where the file system has none. A download's symbolic links are followed."""
     try:
@@ -386,13 +395,11 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
 
     Args:
         load_in_4bit, load_in_8bit: quantise the language model through bitsandbytes, as the original code does.
-        kwargs: of `from_pretrained`, such as `dtype` and `device_map`; without one, the device that accelerate has for
-            this process.
+        kwargs: of `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
         ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
     """
-    from accelerate import PartialState
     from transformers import BitsAndBytesConfig
 
     from shortv_llava import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
@@ -407,8 +414,6 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
-    if kwargs.get("device_map") is None:
-        kwargs["device_map"] = {"": PartialState().device}
     is_next = "next" in read_config(folder)["model_type"]
     model_class = ShortVLlavaNextForConditionalGeneration if is_next else ShortVLlavaForConditionalGeneration
     config = model_class.config_class.from_pretrained(folder)
@@ -440,6 +445,13 @@ def load_processor(folder: Path):
     return processor
 
 
+def own_device() -> dict:
+    """The device map of a process among several: all on the device that accelerate has for it."""
+    from accelerate import PartialState
+
+    return {"": PartialState().device}
+
+
 class Loaded(NamedTuple):
     """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
 
@@ -459,7 +471,8 @@ def load(
     """The model and processor of a folder or Hub id.
 
     The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
-    checkpoint, those of the environment variable REPLACED_LAYERS, else none.
+    checkpoint, those of the environment variable REPLACED_LAYERS, else none. Without a device map the model goes to
+    [`own_device`].
 
     Raises:
         ShortVError: if there is no such model, or no library to quantise it.
@@ -473,7 +486,7 @@ def load(
     if layers is not None:
         package_config(config, replaced_layers=layers)  # checks them before the weights are read
     processor = load_processor(folder)
-    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map)
+    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     if layers is not None:
         model.set_replaced_layers(layers)
     return Loaded(model, processor, tuple(config.get(key, []) for key in LAYER_LISTS))

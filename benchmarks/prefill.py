@@ -61,6 +61,10 @@ def make_pair(width: int, num_layers: int, image_side: int):
     return stock, ours
 
 
+def last_layers(num_layers: int, fraction: float) -> list[int]:
+    return list(range(num_layers))[num_layers - round(fraction * num_layers) :]
+
+
 def make_processor(model):
     """A processor for a model of [`make_pair`], which is told the image token, with the embedded checkpoint's words."""
     processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
@@ -123,7 +127,7 @@ def main(
 ) -> None:
     """Compare prefill with the stock model's."""
     stock, ours = make_pair(width, num_layers, image_side)
-    ours.set_replaced_layers(list(range(num_layers))[num_layers - round(fraction * num_layers) :])
+    ours.set_replaced_layers(last_layers(num_layers, fraction))
     speed = compare(stock, ours, make_inputs(ours, text_tokens, batch), pairs)
     print(
         f"{len(ours.config.replaced_layers)} of {num_layers} layers replaced: {speed.stock_seconds:.3f} s -> "

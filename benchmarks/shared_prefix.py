@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.prefill import make_pair, make_processor
+from shortv_llava.benchmarks.prefill import last_layers, make_pair, make_processor
 from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.questions import Question
@@ -44,7 +44,7 @@ def main(
             prefilled += answerer.answer(batch).prefilled
         return time.perf_counter() - start, prefilled
 
-    for layers in ([], list(range(num_layers))[num_layers - round(fraction * num_layers) :]):
+    for layers in ([], last_layers(num_layers, fraction)):
         model.set_replaced_layers(layers)
         runs = [(timed(False), timed(True)) for _ in range(pairs)]
         (_, apart), (_, together) = runs[0]

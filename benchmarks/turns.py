@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.prefill import make_pair, make_processor
+from shortv_llava.benchmarks.prefill import last_layers, make_pair, make_processor
 from shortv_llava.chat import Conversation
 
 
@@ -21,7 +21,7 @@ def main(
     _, model = make_pair(width, num_layers, image_side)
     processor, side = make_processor(model), model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 64).convert("RGB")
-    for layers in ([], list(range(num_layers))[num_layers - round(fraction * num_layers) :]):
+    for layers in ([], last_layers(num_layers, fraction)):
         model.set_replaced_layers(layers)
         found = []
         for _ in range(conversations + 1):  # the first warms up

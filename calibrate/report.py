@@ -10,9 +10,7 @@ from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
 from shortv_llava.figures import new_figure, save_figure
-
-# By the configuration's lists.
-WHAT_IS_FROZEN = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
+from shortv_llava.package import LAYER_LISTS
 
 
 def _bar(score: float, highest: float) -> str:
@@ -39,7 +37,7 @@ def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]
     first = next(iter(scores.values()))
     for layer, score in enumerate(first):
         cells = [f"{values[layer]:.1e}" for values in scores.values()]
-        what = ", ".join(WHAT_IS_FROZEN[key] for key, layers in frozen.items() if layer in layers)
+        what = ", ".join(LAYER_LISTS[key] for key, layers in frozen.items() if layer in layers)
         share = " / ".join(f"{100 * share:.0f}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
         table.add_row(str(layer), *cells, _bar(score, max(first)), what, share)
     return table
@@ -84,7 +82,7 @@ def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str
     for (name, values), marker in zip(scores.items(), cycle("os^vDP")):
         axes.plot(range(len(values)), [value or math.nan for value in values], f"-{marker}", label=name, ms=5)
     visual = next(iter(scores.values()))
-    for (key, name), color in zip(WHAT_IS_FROZEN.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
+    for (key, name), color in zip(LAYER_LISTS.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
         for index, layer in enumerate(frozen[key]):
             label = f"{name} frozen" if index == 0 else None
             axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)

@@ -1,7 +1,6 @@
 """One calibration: samples in; scores, a choice, what it costs, and a package out."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap, number_of_layers
 from shortv_llava.errors import ShortVError
 from shortv_llava.model_card import write_card
-from shortv_llava.package import JOURNAL, check_output, write_package
+from shortv_llava.package import JOURNAL, check_output, replacing_file, write_package
 
 STRATEGIES = ("lc", "greedy", "cosine", "random")
 GRANULARITIES = ("layer", "block", "auto")
@@ -282,9 +281,8 @@ def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str,
         ("lc_scores.png", lambda path: report.draw_scores(path, series, taken.frozen)),
         ("tradeoff.png", lambda path: report.draw_tradeoff(path, candidates, taken)),
     ):
-        unfinished = output / f".unfinished-{name}"
-        draw(unfinished)
-        os.replace(unfinished, output / name)
+        with replacing_file(output / name) as unfinished:
+            draw(unfinished)
     write_card(output)  # now that there is more to tell
 
     console = Console()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question, read_jsonl
+from shortv_llava.package import replacing_file
 
 
 class AnswersFile:
@@ -79,8 +80,6 @@ class AnswersFile:
 
     def finish(self) -> None:
         """Put the lines into the order of the questions, which is not the order of their answering."""
-        unfinished = self.path.with_name(f".unfinished-{self.path.name}")
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with replacing_file(self.path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for id in self.questions:
                 file.write(json.dumps(self.lines[id], ensure_ascii=False) + "\n")
-        os.replace(unfinished, self.path)

@@ -1,7 +1,6 @@
 """What an evaluation found, for people, files and model cards."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from shortv_llava.evaluation.answering import Tokens
 from shortv_llava.evaluation.run import DENSE, Result
 from shortv_llava.figures import new_figure, save_figure
+from shortv_llava.package import replacing_file
 
 
 def table(results: Sequence[Result], **style) -> Table:
@@ -57,12 +57,12 @@ def prefill_note(results: Sequence[Result]) -> str:
 
 def write_results(path: Path, results: Sequence[Result], **about) -> None:
     """results.json: `about`, then everything of each [`Result`]."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
     found = [asdict(r) | {"prompted": r.prompted._asdict(), "prefilled": r.prefilled._asdict()} for r in results]
     for entry in found:
         del entry["answers"]  # they have files of their own
-    unfinished.write_text(json.dumps(about | {"results": found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    text = json.dumps(about | {"results": found}, indent=1, ensure_ascii=False) + "\n"
+    with replacing_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
@@ -85,7 +85,8 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
                       textcoords="offset points", ha="center")  # fmt: skip
     axes.set(xlabel="FLOPs of the prefill, of the dense model's (numbers: layers replaced)", ylabel=label)
     axes.invert_xaxis()
-    save_figure(figure, axes, path)
+    with replacing_file(path) as unfinished:
+        save_figure(figure, axes, unfinished)
 
 
 def card_results(results: Sequence[Result], data: str, metric: str) -> list[EvalResult]:

@@ -19,6 +19,7 @@ from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, score
 from shortv_llava.flops import flops_ratio
+from shortv_llava.package import LAYER_LISTS
 
 DENSE, OWN = "dense", "shortv"
 
@@ -71,7 +72,7 @@ def choose_variants(config, compare: bool = False, sweep: Sequence[int] = ()) ->
         ShortVError: if there is nothing to compare, or no order for so many layers.
     """
     units = Units(config, "layer")
-    own = {key: list(getattr(config, key)) for key in units.frozen([])}
+    own = {name: list(getattr(config, name)) for name in LAYER_LISTS}
     is_dense = not any(own.values())
     if sweep:
         order = list(config.replaced_layers)

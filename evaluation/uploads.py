@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import answers_of, functions
+from shortv_llava.package import replacing_file
 
 Answered = list[tuple[Question, str]]
 
@@ -39,11 +39,10 @@ def write_upload(
     """
     data = content(list(zip(questions, answers_of(questions, answers))))
     path = folder / name
-    temporary = folder / f".{name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
+        with replacing_file(path) as unfinished:
+            unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise ShortVError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path

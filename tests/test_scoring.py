@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 
@@ -9,19 +7,6 @@ from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, score
 
 evaluate = pytest.importorskip("evaluate")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    """The copies that evaluate makes of metrics go to a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", sys.path.copy())  # evaluate adds the cache to it
-        scoring.load_metric.cache_clear()
-        yield
-        scoring.load_metric.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
-            del sys.modules[name]
 
 
 def ask(id, reference, image_id=None, **details) -> Question:

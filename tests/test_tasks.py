@@ -1,7 +1,6 @@
 import base64
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 
 from shortv_llava.calibrate.samples import gqa_samples
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation import scoring, tasks
+from shortv_llava.evaluation import tasks
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.evaluation.scoring import headline, score
 from shortv_llava.evaluation.tasks import TASKS
@@ -470,19 +469,6 @@ FOLDERS = {
 FOLDERS["mmbench_cn"] = {
     "mmbench_cn/mmbench_dev_cn_20231003.tsv": FOLDERS["mmbench"]["mmbench/mmbench_dev_20230712.tsv"]
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    """The copies that evaluate makes of metrics go to a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", sys.path.copy())  # evaluate adds the cache to it
-        scoring.load_metric.cache_clear()
-        yield
-        scoring.load_metric.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
-            del sys.modules[name]
 
 
 def write_tables(folder: Path, name: str) -> None:
