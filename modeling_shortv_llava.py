@@ -7,15 +7,22 @@ layer as ever, and so does a forward pass without images (decoding). Method: Yua
 Shapes below: B rows, S tokens a row, of which T are computed and F = S - T frozen; h hidden size.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    eager_attention_forward,
+    rotate_half,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
 from .configuration_shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
 
@@ -23,142 +30,164 @@ from .configuration_shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
 class Streams(NamedTuple):
     """Hidden states between two layers with frozen blocks, where there is no need to put them together."""
 
+    whole: torch.Tensor  # (B, S, h), out of date where tokens are computed
     computed: torch.Tensor  # (B, T, h)
-    frozen: torch.Tensor  # (B, F, h)
 
 
 class FrozenTokens:
-    """Which tokens of one forward pass are frozen, and in which layers. Worked out once, handed to every layer.
+    """The frozen tokens of one forward pass, worked out once. The layers are handed one for each layer that has any.
 
     Rows may hold different numbers of frozen tokens: T is the largest number of others, and a row that has fewer fills
     its places with frozen ones, whose updates are dropped.
 
     Args:
-        frozen (`torch.BoolTensor` of shape `(B, S)`): true for visual tokens and padding.
-        attention_layers, ffn_layers (`frozenset[int]`): layers in which attention and FFN are frozen.
-        keep_apart (`bool`): whether consecutive frozen layers may exchange [`Streams`].
+        frozen (`torch.BoolTensor` of shape `(B, S)`, on the CPU): which tokens.
+        attention_layers, ffn_layers (`Collection[int]`): layers in which attention and FFN are frozen for them.
+        keep_apart (`bool`): whether consecutive layers with these frozen tokens may exchange [`Streams`].
+        device: of the hidden states.
     """
 
-    def __init__(self, frozen, attention_layers, ffn_layers, keep_apart):
+    def __init__(self, frozen, attention_layers, ffn_layers, keep_apart, device):
         self.attention_layers, self.ffn_layers, self.keep_apart = attention_layers, ffn_layers, keep_apart
-        num_computed = (~frozen).sum(dim=1).cpu()
-        length = max(1, int(num_computed.max()))  # attention modules take no empty sequence
-        order = frozen.to(torch.int8).argsort(dim=1, stable=True)
-        self.computed_index, self.frozen_index = order[:, :length], order[:, length:]
-        self.row = torch.arange(frozen.shape[0], device=frozen.device)[:, None]
+        self.length = frozen.shape[1]
+        num_computed = (~frozen).sum(dim=1)
+        length = max(1, int(num_computed.max()))  # attention takes no empty sequence
+        index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+        ends = index.amax(dim=0).cummax(dim=0).values + 1
+        stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
+        # Text around images, as (start, stop, end): computed tokens start:stop see none of the sequence from end on.
+        self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
+        self.row = torch.arange(len(frozen), device=device)[:, None]
+        self.index = index.to(device)
         even = bool((num_computed == length).all())
-        self.dropped = None if even else frozen[self.row, self.computed_index].unsqueeze(-1)
+        self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
         self.inputs = None, None, None
 
-    def any_in(self, layer):
-        return layer in self.attention_layers or layer in self.ffn_layers
+    def take(self, states):
+        """The computed tokens' rows (B, T, ...) of (B, S, ...)."""
+        return states[self.row, self.index]
 
-    def split(self, states):
-        """(B, S, ...) to (B, T, ...) and (B, F, ...)."""
-        return Streams(states[self.row, self.computed_index], states[self.row, self.frozen_index])
-
-    def join(self, computed, frozen):
-        """(B, T, ...) and (B, F, ...) to (B, S, ...) in the order of the sequence."""
-        joined = computed.new_empty(computed.shape[0], computed.shape[1] + frozen.shape[1], *computed.shape[2:])
-        joined[self.row, self.computed_index] = computed
-        joined[self.row, self.frozen_index] = frozen
-        return joined
+    def put(self, states, computed):
+        """(B, S, ...) with the computed tokens' rows replaced by (B, T, ...)."""
+        return states.index_put((self.row, self.index), computed)
 
     def drop(self, update):
         """Zero the updates (B, T, h) of the frozen tokens that fill up uneven rows."""
         return update if self.dropped is None else update.masked_fill(self.dropped, 0)
 
+    def spread(self, computed):
+        """(B, T, ...) to (B, S, ...) with zeros for the frozen tokens."""
+        rows = self.drop(computed.flatten(2))
+        return self.put(rows.new_zeros(len(rows), self.length, rows.shape[2]), rows).unflatten(2, computed.shape[2:])
+
     def attention_inputs(self, attention_mask, position_embeddings):
-        """The mask rows of the computed tokens, and the rotary embeddings of both kinds; made once a pass."""
+        """The computed tokens' rows of mask and rotary embeddings; made once a pass."""
         if self.inputs[0] is not attention_mask or self.inputs[1] is not position_embeddings:
-            num_rows, length = self.row.shape[0], position_embeddings[0].shape[1]
-            if attention_mask is not None:
-                mask = attention_mask.expand(num_rows, -1, -1, -1).transpose(1, 2)
-                rows = mask[self.row, self.computed_index].transpose(1, 2)
-            elif length > 1:  # SDPA's plain causal attention, over these tokens alone
-                positions = torch.arange(length, device=self.row.device)
-                rows = (positions <= self.computed_index[:, :, None])[:, None]
+            num_rows = len(self.row)
+            if attention_mask is None:  # SDPA's plain causal attention
+                positions = torch.arange(self.length, device=self.row.device)
+                mask = (positions <= self.index[:, :, None])[:, None]
             else:
-                rows = None
-            computed, frozen = zip(*(self.split(part.expand(num_rows, -1, -1)) for part in position_embeddings))
-            self.inputs = attention_mask, position_embeddings, (rows, computed, frozen)
+                mask = attention_mask.expand(num_rows, -1, -1, -1).transpose(1, 2)
+                mask = self.take(mask).transpose(1, 2)
+            if mask.dtype == torch.bool:  # SDPA would do this in every layer
+                dtype = position_embeddings[0].dtype
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            rotary = [self.take(part.expand(num_rows, -1, -1)) for part in position_embeddings]
+            self.inputs = attention_mask, position_embeddings, (mask, rotary)
         return self.inputs[2]
 
 
-class FrozenMemory:
-    """Stands in for the cache of one layer: adds the frozen tokens' keys and values to those of the computed ones."""
+def rotate(states, cos, sin):
+    """Rotary embedding of (B, heads, N, head size) by (B, N, head size) twice."""
+    return (states * cos.unsqueeze(1)).addcmul_(rotate_half(states), sin.unsqueeze(1))
 
-    def __init__(self, key, value, tokens, cache, mask):
-        self.key, self.value, self.tokens, self.cache = key, value, tokens, cache
-        self.length = None if mask is None else mask.shape[-1]
 
-    def update(self, key, value, *args, **kwargs):
-        """(B, heads, T, head size) twice, to the keys and values that the T tokens may attend to."""
-        key, value = (
-            self.tokens.join(new.transpose(1, 2), memory).transpose(1, 2)
-            for new, memory in ((key, self.key), (value, self.value))
-        )
-        if self.cache is not None:
-            key, value = self.cache.update(key, value, *args, **kwargs)
-        return key[:, :, : self.length], value[:, :, : self.length]  # a static cache returns its empty places too
+class ShortVAttentionMixin:
+    """Attention in which some tokens ask no query; otherwise the stock module."""
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        frozen_tokens=None,
+        **kwargs,
+    ):
+        """(B, S, h) to (B, T, h) if there are frozen tokens."""
+        tokens = frozen_tokens
+        if tokens is None:
+            kwargs.update(position_embeddings=position_embeddings, past_key_values=past_key_values)
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+
+        def heads(states):
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        mask, rotary = tokens.attention_inputs(attention_mask, position_embeddings)
+        query = rotate(heads(self.q_proj(tokens.take(hidden_states))), *rotary)
+        key = rotate(heads(self.k_proj(hidden_states)), *position_embeddings)
+        value = heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
+            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        updates, attentions = [], []
+        for start, stop, end in tokens.segments:
+            end += mask.shape[-1] - tokens.length  # the cache's tokens come first
+            part = query[:, :, start:stop], key[:, :, :end], value[:, :, :end], mask[:, :, start:stop, :end]
+            update, weights = attend(self, *part, dropout=dropout, scaling=self.scaling, **kwargs)
+            updates.append(update)
+            if weights is not None:  # eager attention's
+                attentions.append(nn.functional.pad(weights.transpose(1, 2), (0, mask.shape[-1] - end)))
+        weights = tokens.spread(torch.cat(attentions, dim=1)).transpose(1, 2) if attentions else None
+        return self.o_proj(torch.cat(updates, dim=1).flatten(2)), weights
 
 
 class ShortVDecoderLayerMixin:
     """A decoder layer in which attention, FFN or both may be frozen for some tokens; otherwise the stock layer."""
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        position_embeddings=None,
-        past_key_values=None,
-        frozen_tokens=None,
-        **kwargs,
-    ):
-        kwargs.update(position_embeddings=position_embeddings, past_key_values=past_key_values)
-        tokens, layer = frozen_tokens, self.self_attn.layer_idx
-        if tokens is None or not tokens.any_in(layer):
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+    def forward(self, hidden_states, frozen_tokens=None, **kwargs):
+        layer = self.self_attn.layer_idx
+        tokens = frozen_tokens.get(layer) if frozen_tokens else None
+        if tokens is None:
+            return super().forward(hidden_states, **kwargs)
 
-        if layer in tokens.attention_layers:
-            streams = hidden_states if isinstance(hidden_states, Streams) else tokens.split(hidden_states)
-            update = self.attend_to_frozen(streams, attention_mask, tokens, **kwargs)
-            computed, frozen = streams.computed + tokens.drop(update), streams.frozen
+        if isinstance(hidden_states, Streams):
+            whole, computed = hidden_states
         else:
-            if isinstance(hidden_states, Streams):
-                hidden_states = tokens.join(*hidden_states)
-            normed = self.input_layernorm(hidden_states)
-            update, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-            computed, frozen = tokens.split(hidden_states + update)
-
-        update = self.mlp(self.post_attention_layernorm(computed))
-        if layer in tokens.ffn_layers:
+            whole, computed = hidden_states, tokens.take(hidden_states)
+        if layer in tokens.attention_layers:
+            normed = tokens.put(self.input_layernorm(whole), self.input_layernorm(computed))
+            update, _ = self.self_attn(normed, frozen_tokens=tokens, **kwargs)
             computed = computed + tokens.drop(update)
         else:
-            computed = computed + update
-            frozen = frozen + self.mlp(self.post_attention_layernorm(frozen))
+            if isinstance(hidden_states, Streams):
+                whole = tokens.put(whole, computed)
+            whole = whole + self.self_attn(self.input_layernorm(whole), **kwargs)[0]
+            computed = tokens.take(whole)
+        if layer in tokens.ffn_layers:
+            computed = computed + tokens.drop(self.mlp(self.post_attention_layernorm(computed)))
+        else:
+            whole = tokens.put(whole, computed)
+            whole = whole + self.mlp(self.post_attention_layernorm(whole))
+            computed = tokens.take(whole)
+        if tokens.keep_apart and frozen_tokens.get(layer + 1) is tokens:
+            return Streams(whole, computed)
+        return tokens.put(whole, computed)
 
-        if tokens.keep_apart and tokens.any_in(layer + 1):
-            return Streams(computed, frozen)
-        return tokens.join(computed, frozen)
 
-    def attend_to_frozen(self, streams, attention_mask, tokens, position_embeddings, past_key_values, **kwargs):
-        """The stock attention module on the computed tokens, with the frozen ones as memory. Returns (B, T, h)."""
-        rows, computed_rotary, (cos, sin) = tokens.attention_inputs(attention_mask, position_embeddings)
-        attention = self.self_attn
-        states = self.input_layernorm(streams.frozen)
-        key, value = (
-            project(states).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
-        )
-        key = key * cos.unsqueeze(2) + rotate_half(key) * sin.unsqueeze(2)
-        update, _ = attention(
-            hidden_states=self.input_layernorm(streams.computed),
-            attention_mask=rows,
-            position_embeddings=computed_rotary,
-            past_key_values=FrozenMemory(key, value, tokens, past_key_values, rows),
-            **kwargs,
-        )
-        return update
+class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):
+    pass
+
+
+class ShortVMistralAttention(ShortVAttentionMixin, MistralAttention):
+    pass
+
+
+class ShortVQwen2Attention(ShortVAttentionMixin, Qwen2Attention):
+    pass
 
 
 class ShortVLlamaDecoderLayer(ShortVDecoderLayerMixin, LlamaDecoderLayer):
@@ -174,16 +203,16 @@ class ShortVQwen2DecoderLayer(ShortVDecoderLayerMixin, Qwen2DecoderLayer):
 
 
 SHORTV_LAYERS = {
-    LlamaDecoderLayer: ShortVLlamaDecoderLayer,
-    MistralDecoderLayer: ShortVMistralDecoderLayer,
-    Qwen2DecoderLayer: ShortVQwen2DecoderLayer,
+    LlamaDecoderLayer: (ShortVLlamaDecoderLayer, ShortVLlamaAttention),
+    MistralDecoderLayer: (ShortVMistralDecoderLayer, ShortVMistralAttention),
+    Qwen2DecoderLayer: (ShortVQwen2DecoderLayer, ShortVQwen2Attention),
 }
 
 
 class ShortVModelMixin:
     """LLaVA's model, without head: finds the visual tokens of a forward pass and tells the layers."""
 
-    _no_split_modules = [layer.__name__ for layer in SHORTV_LAYERS.values()]
+    _no_split_modules = [layer.__name__ for layer, _ in SHORTV_LAYERS.values()]
     _supports_flash_attn = False  # its kernels have no mask for queries on both sides of an image
     _supports_flex_attn = False
 
@@ -195,21 +224,24 @@ class ShortVModelMixin:
                 raise ValueError(
                     f"text backbone {config.text_config.model_type!r} is not supported; those are: {supported}"
                 )
-            layer.__class__ = SHORTV_LAYERS[type(layer)]  # adds behaviour, no state: checkpoints load as they are
+            # Classes add behaviour, no state: checkpoints load as they are.
+            layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """Freeze visual tokens in other layers from now on, see [`ShortVConfigMixin`]. The weights stay as they are."""
         self.config.set_replaced_layers(replaced_layers, attention, ffn)
 
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        num_logits=None,
+        **kwargs,
+    ):
         if pixel_values is not None or kwargs.get("mm_encoder_outputs"):
-            attention_layers, ffn_layers = self.config.frozen_layers()
-            if attention_layers or ffn_layers:
-                frozen = self.visual_positions(input_ids, inputs_embeds)
-                if attention_mask is not None and attention_mask.dim() == 2:  # nobody reads padding
-                    frozen = frozen | (attention_mask[:, -frozen.shape[1] :] == 0).to(frozen.device)
-                keep_apart = not torch.is_grad_enabled() and not kwargs.get("output_hidden_states")
-                kwargs["frozen_tokens"] = FrozenTokens(frozen, attention_layers, ffn_layers, keep_apart)
+            kwargs["frozen_tokens"] = self.frozen_tokens(input_ids, inputs_embeds, attention_mask, num_logits, kwargs)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -217,6 +249,29 @@ class ShortVModelMixin:
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def frozen_tokens(self, input_ids, inputs_embeds, attention_mask, num_logits, kwargs):
+        """[`FrozenTokens`] by layer. None in the last one but those with logits, if only these are asked for."""
+        attention_layers, ffn_layers = self.config.frozen_layers()
+        if not attention_layers and not ffn_layers:
+            return None
+        visual = self.visual_positions(input_ids, inputs_embeds)
+        device, visual = visual.device, visual.cpu()  # the one time that the host waits
+        frozen = visual
+        if attention_mask is not None and attention_mask.dim() == 2:  # nobody reads padding
+            frozen = visual | (attention_mask[:, -visual.shape[1] :] == 0).cpu()
+        recording = any(
+            kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        keep_apart = not torch.is_grad_enabled() and not recording
+        tokens = FrozenTokens(frozen, attention_layers, ffn_layers, keep_apart, device)
+        by_layer = dict.fromkeys(attention_layers | ffn_layers, tokens)
+        if keep_apart and num_logits and not visual[:, -num_logits:].any():
+            last, unread = self.config.text_config.num_hidden_layers - 1, torch.ones_like(frozen)
+            unread[:, -num_logits:] = False
+            by_layer[last] = FrozenTokens(unread, {last}, {last}, keep_apart, device)
+        return by_layer
 
     def visual_positions(self, input_ids, inputs_embeds):
         """(B, S), true where LLaVA puts image features: the placeholders, in ids or in embeddings."""
@@ -234,6 +289,18 @@ class ShortVLlavaNextModel(ShortVModelMixin, LlavaNextModel):
     config_class = ShortVLlavaNextConfig
 
 
+def announcing_logits(forward):
+    """Let the model know when only the last positions' logits are asked for."""
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, logits_to_keep=0, **kwargs):
+        if isinstance(logits_to_keep, int):
+            kwargs["num_logits"] = logits_to_keep
+        return forward(self, *args, logits_to_keep=logits_to_keep, **kwargs)
+
+    return wrapped
+
+
 class ShortVLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """[`LlavaForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
 
@@ -245,6 +312,8 @@ class ShortVLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = ShortVLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    forward = announcing_logits(LlavaForConditionalGeneration.forward)
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """See [`ShortVModelMixin.set_replaced_layers`]."""
@@ -263,6 +332,7 @@ class ShortVLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    forward = announcing_logits(LlavaNextForConditionalGeneration.forward)
     set_replaced_layers = ShortVLlavaForConditionalGeneration.set_replaced_layers
 
 

@@ -9,8 +9,10 @@ their next states; the new variant is the original's output with the rows of X p
 L + L(L-1)/2 layer passes for L layers in place of L(L+1), and each layer's weights are used once a batch.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -199,8 +201,9 @@ def _run(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "f
             if frozen is not None:
                 layer_id = {layer.self_attn.layer_idx}
                 chosen = (layer_id if block in blocks else frozenset() for block in ("attention", "ffn"))
-                mask = frozen[rows.to(frozen.device)].to(stack.device)
-                call = call | {"frozen_tokens": FrozenTokens(mask, *chosen, keep_apart=False)}
+                mask = frozen[rows.to(frozen.device)].cpu()
+                tokens = FrozenTokens(mask, *chosen, keep_apart=False, device=stack.device)
+                call = call | {"frozen_tokens": {layer.self_attn.layer_idx: tokens}}
             outputs.append(layer(stack[start : start + len(rows)], **_of_rows(call, rows, batch)))
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or len(rows) == 1:
@@ -226,14 +229,21 @@ def _of_rows(value, rows: torch.Tensor, batch: int):
 @contextmanager
 def _shortv_layers(layers) -> Iterator[None]:
     """Let the layers of a plain LLaVA take frozen tokens for a while."""
-    before = [layer.__class__ for layer in layers]
+    before = []
     try:
         for layer in layers:
-            layer.__class__ = SHORTV_LAYERS.get(layer.__class__, layer.__class__)
+            for module, shortv in zip((layer, layer.self_attn), SHORTV_LAYERS.get(type(layer), ())):
+                # Transformers 4 (recording hidden states) and accelerate leave the stock class's method in a module.
+                kept = {name: vars(module)[name] for name in ("forward", "_old_forward") if name in vars(module)}
+                methods = {name: method for name, method in kept.items() if inspect.ismethod(method)}
+                before.append((module, module.__class__, methods))
+                module.__class__ = shortv
+                vars(module).update(dict.fromkeys(methods, MethodType(shortv.forward, module)))
         yield
     finally:
-        for layer, stock in zip(layers, before):
-            layer.__class__ = stock
+        for module, stock, methods in before:
+            module.__class__ = stock
+            vars(module).update(methods)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The ShortV model against the stock model whose frozen blocks are silenced by hooks."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -142,17 +144,61 @@ def test_text_alone_is_the_stock_model_to_the_bit():
     assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
 
 
+@pytest.mark.parametrize("asked_by", ["call", "config"])
 @torch.no_grad()
-def test_hidden_states_are_whole_and_equal():
+def test_hidden_states_are_whole_and_equal(asked_by):
     stock, ours = tiny.pair()
     ours.set_replaced_layers([3, 2, 1])
     inputs = tiny.batch(stock, "llava", LAYOUTS["one image each"])
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, layers=(3, 2, 1)):
         expected = stock(**inputs, output_hidden_states=True).hidden_states
-    actual = ours(**inputs, output_hidden_states=True).hidden_states
+    inputs["logits_to_keep"] = 1
+    if asked_by == "call":
+        actual = ours(**inputs, output_hidden_states=True).hidden_states
+    else:
+        ours = copy.deepcopy(ours)
+        ours.config.output_hidden_states = ours.config.text_config.output_hidden_states = True
+        actual = ours(**inputs).hidden_states
     assert len(actual) == len(expected) == tiny.LAYERS + 1
     for ours_states, stock_states in zip(actual, expected):
         assert_close(ours_states, stock_states, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@torch.no_grad()
+def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
+    stock, ours = tiny.pair(attn_implementation="eager")
+    ours.set_replaced_layers([2, 1], ffn=[0])
+    inputs = tiny.batch(stock, "llava", layout)
+    visual = inputs["input_ids"] == tiny.IMAGE_TOKEN
+    with tiny.frozen(stock, visual, layers=(2, 1), ffn=(0,)):
+        expected = stock(**inputs, output_attentions=True).attentions
+    actual = ours(**inputs, output_attentions=True, logits_to_keep=1).attentions
+    assert len(actual) == len(expected) == tiny.LAYERS
+    real = inputs["attention_mask"].bool()
+    for layer, (ours_weights, stock_weights) in enumerate(zip(actual, expected)):
+        if layer in (1, 2):
+            stock_weights = stock_weights.masked_fill(visual[:, None, :, None], 0)
+        torch.testing.assert_close(ours_weights.transpose(1, 2)[real], stock_weights.transpose(1, 2)[real], **CLOSE)
+
+
+@pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("kept", [1, 3, 100])
+@torch.no_grad()
+def test_last_logits_alone(kept, blocks):
+    stock, ours = tiny.pair()
+    inputs = tiny.batch(stock, "llava", LAYOUTS["0, 1 and 2 images"])
+    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+        expected = stock(**inputs, logits_to_keep=kept, use_cache=True)
+    actual = ours(**inputs, logits_to_keep=kept, use_cache=True)
+    assert_close(actual.logits, expected.logits, inputs["attention_mask"][:, -kept:])
+    real = inputs["attention_mask"].bool()
+    for name in ("keys", "values"):
+        ours_last, stock_last = (
+            getattr(o.past_key_values.layers[-1], name).transpose(1, 2) for o in (actual, expected)
+        )
+        torch.testing.assert_close(ours_last[real], stock_last[real], **CLOSE)
 
 
 def test_gradients_equal_the_hooked_models():
