@@ -2,14 +2,12 @@
 
 from importlib import import_module
 
-_EXPORTS = {
-    "ShortVLlavaConfig": "configuration_shortv_llava",
-    "ShortVLlavaNextConfig": "configuration_shortv_llava",
-    "ShortVLlavaModel": "modeling_shortv_llava",
-    "ShortVLlavaNextModel": "modeling_shortv_llava",
-    "ShortVLlavaForConditionalGeneration": "modeling_shortv_llava",
-    "ShortVLlavaNextForConditionalGeneration": "modeling_shortv_llava",
-}
+_FAMILIES = ("Llava", "LlavaNext", "VipLlava", "LlavaOnevision", "LlavaNextVideo")
+_EXPORTS = {"CONFIG_CLASSES": "configuration_shortv_llava", "MODEL_CLASSES": "modeling_shortv_llava"}
+for _family in _FAMILIES:
+    _EXPORTS[f"ShortV{_family}Config"] = "configuration_shortv_llava"
+    _EXPORTS[f"ShortV{_family}Model"] = "modeling_shortv_llava"
+    _EXPORTS[f"ShortV{_family}ForConditionalGeneration"] = "modeling_shortv_llava"
 __all__ = list(_EXPORTS)
 
 

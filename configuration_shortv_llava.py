@@ -2,7 +2,7 @@
 
 import math
 
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, LlavaOnevisionConfig, VipLlavaConfig
 
 
 class ShortVConfigMixin:
@@ -123,13 +123,48 @@ class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
         super().__init__(**kwargs)
 
 
-ShortVLlavaConfig.register_for_auto_class()
-ShortVLlavaNextConfig.register_for_auto_class()
+class ShortVVipLlavaConfig(ShortVConfigMixin, VipLlavaConfig):
+    """[`VipLlavaConfig`] with the layers in which visual tokens are frozen, see [`ShortVConfigMixin`]."""
+
+    model_type = "shortv_vipllava"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class ShortVLlavaOnevisionConfig(ShortVConfigMixin, LlavaOnevisionConfig):
+    """[`LlavaOnevisionConfig`] with the layers in which visual tokens are frozen, see [`ShortVConfigMixin`]."""
+
+    model_type = "shortv_llava_onevision"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class ShortVLlavaNextVideoConfig(ShortVConfigMixin, LlavaNextVideoConfig):
+    """[`LlavaNextVideoConfig`] with the layers in which visual tokens are frozen, see [`ShortVConfigMixin`]."""
+
+    model_type = "shortv_llava_next_video"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+CONFIG_CLASSES = (
+    ShortVLlavaConfig,
+    ShortVLlavaNextConfig,
+    ShortVVipLlavaConfig,
+    ShortVLlavaOnevisionConfig,
+    ShortVLlavaNextVideoConfig,
+)
+for config_class in CONFIG_CLASSES:
+    config_class.register_for_auto_class()
 
 try:  # `transformers serve` looks here which auto class loads a model, before any of the model's own code is imported
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 except ImportError:  # transformers 4, whose server takes no custom classes
     pass
 else:
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaForConditionalGeneration"
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["shortv_llava_next"] = "ShortVLlavaNextForConditionalGeneration"
+    for config_class in CONFIG_CLASSES:
+        name = config_class.__name__.removesuffix("Config") + "ForConditionalGeneration"
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = name

@@ -74,9 +74,12 @@ def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Non
 
 
 def image_tokens(config) -> int:
-    """Visual tokens of an image: those of LLaVA-1.5, or of LLaVA-NeXT's largest grid of tiles without newlines."""
+    """Visual tokens of an image: those of LLaVA-1.5, or of the largest grid of tiles without newlines."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     tiles = 1
     for height, width in getattr(config, "image_grid_pinpoints", None) or ():
         tiles = max(tiles, 1 + height * width // config.vision_config.image_size**2)
+    limit = getattr(config, "vision_aspect_ratio", "")  # LLaVA-OneVision's: larger grids are shrunk to so many tiles
+    if limit.startswith("anyres_max_"):
+        tiles = min(tiles, 1 + int(limit.removeprefix("anyres_max_")))
     return tiles * side**2

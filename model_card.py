@@ -209,7 +209,7 @@ def _metadata(config, name: str, existing: ModelCard | None, eval_results, known
     known = {key: value for key, value in known.items() if value}
     if "license" in known:  # these belong to the licence before
         entries = {key: value for key, value in entries.items() if key not in ("license_name", "license_link")}
-    family = "llava-next" if "next" in config.model_type else "llava"
+    family = config.model_type.removeprefix("shortv_").replace("_", "-")
     tags = [*_listed(entries.get("tags")), "custom_code", "shortv", family, "arxiv:2504.00502"]
     datasets = [*_listed(entries.get("datasets")), *_listed(known.get("datasets"))]
     datasets += [DATASETS[source] for source in _calibration_data(config) if source in DATASETS]

@@ -7,24 +7,43 @@ layer as ever, and so does a forward pass without images (decoding). Method: Yua
 Shapes below: B rows, S tokens a row, of which T are computed and F = S - T frozen; h hidden size.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaNextForConditionalGeneration, LlavaNextModel
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoModel,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+    PreTrainedModel,
+    VipLlavaForConditionalGeneration,
+    VipLlavaModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
     eager_attention_forward,
-    rotate_half,
 )
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
-from .configuration_shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+from .configuration_shortv_llava import (
+    ShortVLlavaConfig,
+    ShortVLlavaNextConfig,
+    ShortVLlavaNextVideoConfig,
+    ShortVLlavaOnevisionConfig,
+    ShortVVipLlavaConfig,
+)
 
 
 class Streams(NamedTuple):
@@ -61,7 +80,17 @@ class FrozenTokens:
         self.index = index.to(device)
         even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
-        self.inputs = None, None, None
+        self.made_from, self.inputs = (None, None, None), None
+        self.on_device = {device: self}
+
+    def to(self, device, **kwargs):
+        """The same for a layer on another device; accelerate calls this where it has split a model."""
+        device = torch.device(device)
+        if device not in self.on_device:
+            moved = self.on_device[device] = copy.copy(self)
+            moved.row, moved.index = self.row.to(device), self.index.to(device)
+            moved.dropped = None if self.dropped is None else self.dropped.to(device)
+        return self.on_device[device]
 
     def take(self, states):
         """The computed tokens' rows (B, T, ...) of (B, S, ...)."""
@@ -80,31 +109,50 @@ class FrozenTokens:
         rows = self.drop(computed.flatten(2))
         return self.put(rows.new_zeros(len(rows), self.length, rows.shape[2]), rows).unflatten(2, computed.shape[2:])
 
-    def attention_inputs(self, attention_mask, position_embeddings):
-        """The computed tokens' rows of mask and rotary embeddings; made once a pass."""
-        if self.inputs[0] is not attention_mask or self.inputs[1] is not position_embeddings:
+    def attention_inputs(self, attention_mask, position_embeddings, num_keys, sliding_window):
+        """The computed tokens' rows of mask, as SDPA takes it, and of rotary embeddings; made once a pass."""
+        made_from = attention_mask, position_embeddings[0], sliding_window
+        if any(new is not old for new, old in zip(made_from, self.made_from)):
             num_rows = len(self.row)
-            if attention_mask is None:  # SDPA's plain causal attention
-                positions = torch.arange(self.length, device=self.row.device)
-                mask = (positions <= self.index[:, :, None])[:, None]
-            else:
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
                 mask = attention_mask.expand(num_rows, -1, -1, -1).transpose(1, 2)
                 mask = self.take(mask).transpose(1, 2)
+            elif isinstance(attention_mask, BlockMask):
+
+                def computed(row, head, query, key):
+                    return attention_mask.mask_mod(row, head, self.index[row, query], key)
+
+                mask = create_mask(computed, num_rows, 1, self.index.shape[1], num_keys, self.row.device)
+            else:  # plain causal attention, or a flash kernel's (B, keys)
+                key = torch.arange(num_keys, device=self.row.device)
+                query = self.index[:, None, :, None] + num_keys - self.length
+                mask = key <= query
+                if sliding_window is not None:
+                    mask &= key > query - sliding_window
+                if attention_mask is not None:
+                    mask &= attention_mask[:, None, None, -num_keys:].bool()
             if mask.dtype == torch.bool:  # SDPA would do this in every layer
                 dtype = position_embeddings[0].dtype
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             rotary = [self.take(part.expand(num_rows, -1, -1)) for part in position_embeddings]
-            self.inputs = attention_mask, position_embeddings, (mask, rotary)
-        return self.inputs[2]
+            self.made_from, self.inputs = made_from, (mask, rotary)
+        return self.inputs
 
 
 def rotate(states, cos, sin):
-    """Rotary embedding of (B, heads, N, head size) by (B, N, head size) twice."""
-    return (states * cos.unsqueeze(1)).addcmul_(rotate_half(states), sin.unsqueeze(1))
+    """Rotary embedding of (B, heads, N, head size) by (B, N, head size) twice, with no copies of the halves."""
+    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), states.shape[-1] // 2
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
 
 
 class ShortVAttentionMixin:
-    """Attention in which some tokens ask no query; otherwise the stock module."""
+    """Attention in which some tokens ask no query; otherwise the stock module.
+
+    The few queries left attend through SDPA, which takes any mask, where the model uses flash or flex kernels.
+    """
 
     def forward(
         self,
@@ -124,14 +172,18 @@ class ShortVAttentionMixin:
         def heads(states):
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        mask, rotary = tokens.attention_inputs(attention_mask, position_embeddings)
-        query = rotate(heads(self.q_proj(tokens.take(hidden_states))), *rotary)
         key = rotate(heads(self.k_proj(hidden_states)), *position_embeddings)
         value = heads(self.v_proj(hidden_states))
         if past_key_values is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
+        num_keys = tokens.length if unmasked else key.shape[2]
+        sliding_window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        mask, rotary = tokens.attention_inputs(attention_mask, position_embeddings, num_keys, sliding_window)
+        query = rotate(heads(self.q_proj(tokens.take(hidden_states))), *rotary)
+        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         updates, attentions = [], []
         for start, stop, end in tokens.segments:
@@ -159,7 +211,8 @@ class ShortVDecoderLayerMixin:
         else:
             whole, computed = hidden_states, tokens.take(hidden_states)
         if layer in tokens.attention_layers:
-            normed = tokens.put(self.input_layernorm(whole), self.input_layernorm(computed))
+            normed = self.input_layernorm(whole)
+            normed[tokens.row, tokens.index] = self.input_layernorm(computed)
             update, _ = self.self_attn(normed, frozen_tokens=tokens, **kwargs)
             computed = computed + tokens.drop(update)
         else:
@@ -213,8 +266,6 @@ class ShortVModelMixin:
     """LLaVA's model, without head: finds the visual tokens of a forward pass and tells the layers."""
 
     _no_split_modules = [layer.__name__ for layer, _ in SHORTV_LAYERS.values()]
-    _supports_flash_attn = False  # its kernels have no mask for queries on both sides of an image
-    _supports_flex_attn = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -240,7 +291,8 @@ class ShortVModelMixin:
         num_logits=None,
         **kwargs,
     ):
-        if pixel_values is not None or kwargs.get("mm_encoder_outputs"):
+        videos = kwargs.get("pixel_values_videos")
+        if pixel_values is not None or videos is not None or kwargs.get("mm_encoder_outputs"):
             kwargs["frozen_tokens"] = self.frozen_tokens(input_ids, inputs_embeds, attention_mask, num_logits, kwargs)
         return super().forward(
             input_ids=input_ids,
@@ -250,6 +302,7 @@ class ShortVModelMixin:
             **kwargs,
         )
 
+    @torch.compiler.disable  # what is worked out depends on the tokens; layers are compiled around it
     def frozen_tokens(self, input_ids, inputs_embeds, attention_mask, num_logits, kwargs):
         """[`FrozenTokens`] by layer. None in the last one but those with logits, if only these are asked for."""
         attention_layers, ffn_layers = self.config.frozen_layers()
@@ -274,11 +327,12 @@ class ShortVModelMixin:
         return by_layer
 
     def visual_positions(self, input_ids, inputs_embeds):
-        """(B, S), true where LLaVA puts image features: the placeholders, in ids or in embeddings."""
+        """(B, S), true where LLaVA puts features of images and videos: the placeholders, in ids or in embeddings."""
+        placeholders = [self.config.image_token_id, getattr(self.config, "video_token_id", self.config.image_token_id)]
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
+            return torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
+        embedded = self.get_input_embeddings()(torch.tensor(placeholders, device=inputs_embeds.device))
+        return (inputs_embeds.unsqueeze(-2) == embedded).all(dim=-1).any(dim=-1)
 
 
 class ShortVLlavaModel(ShortVModelMixin, LlavaModel):
@@ -287,6 +341,18 @@ class ShortVLlavaModel(ShortVModelMixin, LlavaModel):
 
 class ShortVLlavaNextModel(ShortVModelMixin, LlavaNextModel):
     config_class = ShortVLlavaNextConfig
+
+
+class ShortVVipLlavaModel(ShortVModelMixin, VipLlavaModel):
+    config_class = ShortVVipLlavaConfig
+
+
+class ShortVLlavaOnevisionModel(ShortVModelMixin, LlavaOnevisionModel):
+    config_class = ShortVLlavaOnevisionConfig
+
+
+class ShortVLlavaNextVideoModel(ShortVModelMixin, LlavaNextVideoModel):
+    config_class = ShortVLlavaNextVideoConfig
 
 
 def announcing_logits(forward):
@@ -301,48 +367,68 @@ def announcing_logits(forward):
     return wrapped
 
 
-class ShortVLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """[`LlavaForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
-
-    config_class = ShortVLlavaConfig
-    _supports_flash_attn = _supports_flex_attn = False
+class ShortVGenerationMixin:
+    """LLaVA's model with its head, around a ShortV model."""
 
     def __init__(self, config):
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = ShortVLlavaModel(config)
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    forward = announcing_logits(LlavaForConditionalGeneration.forward)
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """See [`ShortVModelMixin.set_replaced_layers`]."""
         self.model.set_replaced_layers(replaced_layers, attention, ffn)
 
 
-class ShortVLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
+class ShortVLlavaForConditionalGeneration(ShortVGenerationMixin, LlavaForConditionalGeneration):
+    """[`LlavaForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
+
+    config_class, model_class = ShortVLlavaConfig, ShortVLlavaModel
+    forward = announcing_logits(LlavaForConditionalGeneration.forward)
+
+
+class ShortVLlavaNextForConditionalGeneration(ShortVGenerationMixin, LlavaNextForConditionalGeneration):
     """[`LlavaNextForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
 
-    config_class = ShortVLlavaNextConfig
-    _supports_flash_attn = _supports_flex_attn = False
-
-    def __init__(self, config):
-        super(LlavaNextForConditionalGeneration, self).__init__(config)
-        self.model = ShortVLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
+    config_class, model_class = ShortVLlavaNextConfig, ShortVLlavaNextModel
     forward = announcing_logits(LlavaNextForConditionalGeneration.forward)
-    set_replaced_layers = ShortVLlavaForConditionalGeneration.set_replaced_layers
 
 
-for config_class, model_class in (
-    (ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
-    (ShortVLlavaNextConfig, ShortVLlavaNextForConditionalGeneration),
-):
+class ShortVVipLlavaForConditionalGeneration(ShortVGenerationMixin, VipLlavaForConditionalGeneration):
+    """[`VipLlavaForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
+
+    config_class, model_class = ShortVVipLlavaConfig, ShortVVipLlavaModel
+    forward = announcing_logits(VipLlavaForConditionalGeneration.forward)
+
+
+class ShortVLlavaOnevisionForConditionalGeneration(ShortVGenerationMixin, LlavaOnevisionForConditionalGeneration):
+    """[`LlavaOnevisionForConditionalGeneration`] that freezes tokens of images and videos in the layers named by its
+    configuration."""
+
+    config_class, model_class = ShortVLlavaOnevisionConfig, ShortVLlavaOnevisionModel
+    forward = announcing_logits(LlavaOnevisionForConditionalGeneration.forward)
+
+
+class ShortVLlavaNextVideoForConditionalGeneration(ShortVGenerationMixin, LlavaNextVideoForConditionalGeneration):
+    """[`LlavaNextVideoForConditionalGeneration`] that freezes tokens of images and videos in the layers named by its
+    configuration."""
+
+    config_class, model_class = ShortVLlavaNextVideoConfig, ShortVLlavaNextVideoModel
+    forward = announcing_logits(LlavaNextVideoForConditionalGeneration.forward)
+
+
+MODEL_CLASSES = (
+    ShortVLlavaForConditionalGeneration,
+    ShortVLlavaNextForConditionalGeneration,
+    ShortVVipLlavaForConditionalGeneration,
+    ShortVLlavaOnevisionForConditionalGeneration,
+    ShortVLlavaNextVideoForConditionalGeneration,
+)
+for model_class in MODEL_CLASSES:
     model_class.register_for_auto_class("AutoModelForImageTextToText")  # `save_pretrained` then saves this file too
     # The pipeline and `transformers serve` look class names up here.
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.config_class.model_type] = model_class.__name__
 
 try:  # transformers 5 renames a checkpoint's tensors by tables that leave custom classes out; 4 by a class attribute
     from transformers.conversion_mapping import (
@@ -352,11 +438,8 @@ try:  # transformers 5 renames a checkpoint's tensors by tables that leave custo
 except ImportError:
     pass
 else:
-    for ours, stock in (
-        ("shortv_llava", "llava"),
-        ("shortv_llava_next", "llava_next"),
-        ("ShortVLlavaModel", "LlavaModel"),
-        ("ShortVLlavaNextModel", "LlavaNextModel"),
-    ):
-        if (renaming := get_checkpoint_conversion_mapping(stock)) is not None:
-            register_checkpoint_conversion_mapping(ours, renaming, overwrite=True)
+    for model_class in MODEL_CLASSES:
+        for name in (model_class.config_class.model_type, model_class.model_class.__name__):
+            stock = name.removeprefix("shortv_").removeprefix("ShortV")
+            if (renaming := get_checkpoint_conversion_mapping(stock)) is not None:
+                register_checkpoint_conversion_mapping(name, renaming, overwrite=True)

@@ -43,7 +43,8 @@ OTHER_PATTERNS = (
 )
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
-MODEL_TYPES = {"llava": "shortv_llava", "llava_next": "shortv_llava_next"}
+STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
+MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
 # The configuration's lists, and what each freezes of a layer.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
@@ -240,10 +241,10 @@ def config_object(entries: dict):
     Raises:
         ValueError: if the layers or scores do not fit the model.
     """
-    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+    from shortv_llava import CONFIG_CLASSES
 
     model_type = MODEL_TYPES.get(entries["model_type"], entries["model_type"])
-    config_class = next(c for c in (ShortVLlavaConfig, ShortVLlavaNextConfig) if c.model_type == model_type)
+    config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
     return config_class.from_dict(json.loads(json.dumps(entries | {"model_type": model_type})))  # reading changes them
 
 
@@ -402,7 +403,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
     """
     from transformers import BitsAndBytesConfig
 
-    from shortv_llava import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+    from shortv_llava import MODEL_CLASSES
 
     if load_in_4bit or load_in_8bit:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -414,8 +415,9 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
-    is_next = "next" in read_config(folder)["model_type"]
-    model_class = ShortVLlavaNextForConditionalGeneration if is_next else ShortVLlavaForConditionalGeneration
+    model_type = read_config(folder)["model_type"]
+    model_type = MODEL_TYPES.get(model_type, model_type)
+    model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -433,9 +435,9 @@ def load_processor(folder: Path):
     """
     from transformers import AutoConfig, AutoProcessor
 
-    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+    from shortv_llava import CONFIG_CLASSES
 
-    for config_class in (ShortVLlavaConfig, ShortVLlavaNextConfig):  # else a package's own code would be asked for
+    for config_class in CONFIG_CLASSES:  # else a package's own code would be asked for
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if not (folder / "tokenizer_config.json").exists():
         raise ShortVError(f"{folder}: has no tokenizer; copy the processor files of the base model there")
