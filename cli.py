@@ -368,6 +368,21 @@ def evaluate(
     )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory on random weights: prefill, decoding, calibration, shared-prefix, turns.
+
+    Examples:
+
+        shortv bench prefill
+
+        shortv bench decoding --help
+    """
+    from shortv_llava.benchmarks.command import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="shortv bench")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The package folder to make.")] = Path("demo-output"),
