@@ -43,7 +43,9 @@ class EngineChecks(VerifyAndUpdateConfig):
         }
         for feature, asked_for in refused.items():
             if asked_for:
-                raise ShortVError(f"frozen layers and {feature} do not go together: leave that out, or replace no layers")
+                raise ShortVError(
+                    f"frozen layers and {feature} do not go together: leave that out, or replace no layers"
+                )
         logger.info(
             "ShortV: visual tokens are frozen in %d attention and %d FFN blocks. Steps with visual tokens run eagerly, "
             "other steps as compiled, in piecewise CUDA graphs.",
