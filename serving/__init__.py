@@ -6,6 +6,8 @@ from shortv_llava.errors import ShortVError
 
 TESTED = ("0.32", "0.33")  # vLLM from the first to before the second: what models.py builds on is no public interface
 ARCHITECTURES = ("ShortVLlavaForConditionalGeneration", "ShortVLlavaNextForConditionalGeneration")
+FORMAT = 1  # of packages; the config.json of a newer one says `shortv_format`
+BACKBONES = ("llama", "mistral", "qwen2")
 
 
 def check_version(version: str) -> None:
@@ -16,6 +18,20 @@ def check_version(version: str) -> None:
             f"vLLM {version} is outside the range that ShortV packages are tested with, {TESTED[0]} to before "
             f"{TESTED[1]}: pip install 'vllm>={TESTED[0]},<{TESTED[1]}'"
         )
+
+
+def check_package(config) -> None:
+    """Raises [`ShortVError`] if vLLM cannot run the package of this configuration, `ValueError` for its layers."""
+    package_format = getattr(config, "shortv_format", FORMAT)
+    if package_format != FORMAT:
+        raise ShortVError(
+            f"the package is of format {package_format}, this shortv-llava reads format {FORMAT}: update shortv-llava"
+        )
+    if config.text_config.model_type not in BACKBONES:
+        raise ShortVError(
+            f"text backbone {config.text_config.model_type!r} is not supported; those are: {', '.join(BACKBONES)}"
+        )
+    config.frozen_layers()
 
 
 def register() -> None:
@@ -34,7 +50,7 @@ def register() -> None:
     try:
         check_version(vllm.__version__)
     except ShortVError as error:
-        config_classes = (_refusing(config_class, error) for config_class in config_classes)
+        config_classes = [_refusing(config_class, error) for config_class in config_classes]
     else:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

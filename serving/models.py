@@ -21,7 +21,7 @@ from vllm.sequence import IntermediateTensors
 
 from shortv_llava.serving.attention import partial_query_backend, partial_query_context
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.shortv")  # vLLM shows what is logged below its own name
 
 VISUAL = "visual_tokens"  # what pipeline stages are sent beside vLLM's own tensors
 

@@ -1,6 +1,8 @@
 """vLLM on packages, against our transformers model: the same tokens, and log-probabilities within 1e-4."""
 
+import base64
 import gc
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +20,23 @@ os.environ.update(
     TORCH_COMPILE_DISABLE="1",  # log-probabilities would be counted by a kernel that takes long to compile
 )
 
+import openai
 import torch
+import vllm
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from server import running
 from tiny import CLASSES, config_dict, next_model
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.errors import ShortVError
 from shortv_llava.package import load_model, load_processor, write_package
 from shortv_llava.prompts import make_prompt
+from shortv_llava.serving import models, register
+from shortv_llava.serving.command import serve
 
 MAX_TOKENS = 6
 SAMPLES = embedded_samples()
@@ -243,3 +251,126 @@ def test_two_processes(tmp_path, monkeypatch, kind):
         settings |= {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     with engine(package, **settings) as llm:
         assert_same(asked(llm, package, requests), expected(package, requests))
+
+
+def quantised(package: Path) -> None:
+    """Make the language model's projections 8-bit, as compressed-tensors stores them."""
+    tensors = load_file(package / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("language_model") and "_proj.weight" in name]:
+        weight = tensors[name]
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[name.replace(".weight", ".weight_scale")] = scale
+    save_file(tensors, package / "model.safetensors", {"format": "pt"})
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((package / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["re:.*vision_tower.*", "re:.*multi_modal_projector.*", "re:.*lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": bits | {"strategy": "channel", "dynamic": False},
+                "input_activations": bits | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (package / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+def test_quantised_linears(tmp_path, monkeypatch):
+    """Against vLLM's own layers on all tokens, with the visual rows put back behind each."""
+    package = random_package(tmp_path, "llava", "qwen2", replaced_layers=[3, 1])
+    quantised(package)
+    with engine(package) as llm:
+        answers = asked(llm, package, MIXED[:12])
+
+        def put_back(step, layer, states, frozen_attention, frozen_ffn):
+            before = sum(states) if states.residual is not None else states.update.clone()
+            after = sum(layer(step.positions, *(part if part is None else part.clone() for part in states)))
+            if frozen_attention:
+                after[step.visual] = before[step.visual]
+            return models.Stream(after, torch.zeros_like(after))
+
+        monkeypatch.setattr(models.Step, "through", put_back)
+        monkeypatch.setattr(models, "partial_query_context", lambda context, *args: context)
+        right = asked(llm, package, MIXED[:12])
+    assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in right]
+    for (_, steps), (_, right_steps) in zip(answers, right):
+        for step, right_step in zip(steps, right_steps):
+            assert step == pytest.approx(right_step, abs=1e-4)
+
+
+class TestBadInput:
+    def edited(self, package: Path, **entries) -> Path:
+        config = json.loads((package / "config.json").read_text()) | entries
+        (package / "config.json").write_text(json.dumps(config))
+        (package / "model.safetensors").unlink()  # what is wrong must be found before weights are read
+        return package
+
+    @pytest.fixture
+    def package(self, tmp_path):
+        write_package(CHECKPOINT, tmp_path / "package", replaced_layers=[1])
+        return tmp_path / "package"
+
+    @pytest.mark.parametrize(
+        "entries, message",
+        [
+            ({"shortv_format": 2}, "format 2, this shortv-llava reads format 1: update"),
+            ({"replaced_layers": [12]}, "12 is no layer id; ids are integers from 0 to 11"),
+            ({"replaced_ffn_layers": [1]}, "layer 1 is listed here and in replaced_layers"),
+        ],
+    )
+    def test_package(self, package, entries, message):
+        folder = self.edited(package, **entries)
+        with pytest.raises((ShortVError, ValueError), match=message), engine(folder):
+            pass
+        with pytest.raises((ShortVError, ValueError), match=message):
+            serve(str(folder), [])
+
+    def test_engine_options(self, package):
+        with pytest.raises(ShortVError, match="LoRA adapters"), engine(self.edited(package), enable_lora=True):
+            pass
+
+    @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
+    def test_vllm_outside_the_tested_range(self, package, monkeypatch, version):
+        monkeypatch.setattr(vllm, "__version__", version)
+        message = f"vLLM {version} is outside the range .* 0.32 to before 0.33"
+        with pytest.raises(ShortVError, match=message):
+            serve(str(package), [])
+        try:
+            register()  # must let vLLM serve other models
+            with pytest.raises(ShortVError, match=message), engine(self.edited(package)):
+                pass
+        finally:
+            monkeypatch.undo()
+            register()
+
+    def test_no_such_package(self, tmp_path):
+        with pytest.raises(ShortVError, match="no such folder"):
+            serve(str(tmp_path / "none"), [])
+
+
+@pytest.mark.slow
+def test_shortv_serve_answers_openai_clients(package_folder, tmp_path):
+    image = base64.b64encode(SAMPLES[0].image.read_bytes()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        {"type": "text", "text": SAMPLES[0].question},
+    ]
+    with running(
+        "from shortv_llava.cli import main\nmain()",
+        *("serve", package_folder, "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", 0),
+        ready=r"(http://127\.0\.0\.1:\d+)",
+        cwd=tmp_path,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    ) as (url, log):
+        print(url, "".join(log))
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=20, timeout=300) as client:
+            answer = client.chat.completions.create(
+                model=package_folder.name, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=4
+            )
+    assert answer.choices[0].message.content.strip() == SAMPLES[0].answer
