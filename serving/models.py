@@ -176,7 +176,8 @@ class ShortVMixin:
         return tensors
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
-        self.visual = is_multimodal if multimodal_embeddings else None
+        merges = multimodal_embeddings is not None and len(multimodal_embeddings) > 0
+        self.visual = is_multimodal if merges else None
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):

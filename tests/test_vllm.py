@@ -4,6 +4,7 @@ import base64
 import gc
 import json
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -361,16 +362,20 @@ def test_shortv_serve_answers_openai_clients(package_folder, tmp_path):
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
         {"type": "text", "text": SAMPLES[0].question},
     ]
-    with running(
-        "from shortv_llava.cli import main\nmain()",
-        *("serve", package_folder, "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", 0),
-        ready=r"(http://127\.0\.0\.1:\d+)",
-        cwd=tmp_path,
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-    ) as (url, log):
-        print(url, "".join(log))
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=20, timeout=300) as client:
-            answer = client.chat.completions.create(
-                model=package_folder.name, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=4
-            )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        running(
+            "from shortv_llava.cli import main\nmain()",
+            *("serve", package_folder, "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", port),
+            ready="startup (complete)",
+            cwd=tmp_path,
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        ),
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300) as client,
+    ):
+        answer = client.chat.completions.create(
+            model=package_folder.name, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=4
+        )
     assert answer.choices[0].message.content.strip() == SAMPLES[0].answer
