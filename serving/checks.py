@@ -1,5 +1,8 @@
 """What is refused or chosen when an engine is configured, before any weights are read."""
 
+import os
+
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -30,6 +33,7 @@ class EngineChecks(VerifyAndUpdateConfig):
             "context parallelism": parallel.decode_context_parallel_size > 1
             or parallel.prefill_context_parallel_size > 1,
             "microbatches (--enable-dbo)": parallel.use_ubatching,
+            "breakable CUDA graphs": is_breakable_cudagraph_enabled(),  # they replay steps without asking the model
         }
         for feature, asked_for in refused.items():
             if asked_for:
@@ -37,6 +41,7 @@ class EngineChecks(VerifyAndUpdateConfig):
                     f"a package with replaced layers cannot be served with {feature}: leave that out, or make a "
                     "package with `--layers none`"
                 )
+        os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "0"  # else vLLM may turn them on later
         logger.info(
             "ShortV freezes visual tokens in %d attention and %d FFN blocks. Steps with visual tokens run eagerly, all "
             "others as vLLM compiled them, in piecewise CUDA graphs at most.",
