@@ -350,6 +350,11 @@ class TestBadInput:
             monkeypatch.undo()
             register()
 
+    def test_without_vllm(self, package, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ShortVError, match="serving needs vLLM: pip install 'vllm>=0.32,<0.33'"):
+            serve(str(package), [])
+
     def test_no_such_package(self, tmp_path):
         with pytest.raises(ShortVError, match="no such folder"):
             serve(str(tmp_path / "none"), [])
