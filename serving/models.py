@@ -102,8 +102,8 @@ class Step:
     def split(self, states: Stream | Apart) -> Apart:
         if isinstance(states, Apart):
             return states
-        visual = states.rows(self.visual)
-        return Apart(states.rows(self.text), visual.update if visual.residual is None else sum(visual))
+        update, residual = states.rows(self.visual)
+        return Apart(states.rows(self.text), update if residual is None else update + residual)
 
     def join(self, states: Stream | Apart) -> Stream:
         if isinstance(states, Stream):
