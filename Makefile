@@ -48,7 +48,7 @@ test-vllm: .venv-vllm/vllm
 	$(PIP) uninstall --yes torchaudio torchcodec
 	printf '%s\n' 'import torch' 'for name in ("nms", "qnms"):' '    if not hasattr(torch.ops.torchvision, name):' \
 	    '        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")' \
-	    >> .venv-vllm/lib/python3*/site-packages/torchvision/extension.py
+	    | tee -a .venv-vllm/lib/python3*/site-packages/torchvision/extension.py > /dev/null
 	touch $@
 
 # torch is installed by name: found that way, its CPU build is taken where there is one.
