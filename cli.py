@@ -368,6 +368,39 @@ def evaluate(
     )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory on random weights: prefill, decoding, calibration, shared-prefix, turns.
+
+    Examples:
+
+        shortv bench prefill
+
+        shortv bench decoding --help
+    """
+    from shortv_llava.benchmarks.command import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="shortv bench")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    package: Annotated[str, typer.Argument(help="The package: a folder or a Hub id.", show_default=False)],
+) -> None:
+    """Serve a package with vLLM, behind OpenAI's API. Further options are those of `vllm serve`.
+
+    Examples:
+
+        shortv serve llava-1.5-7b-shortv
+
+        shortv serve llava-1.5-7b-shortv --port 8001 --tensor-parallel-size 2
+    """
+    from shortv_llava.serving.command import serve as run
+
+    run(package, context.args)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The package folder to make.")] = Path("demo-output"),

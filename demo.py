@@ -6,7 +6,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shortv_llava.benchmarks.prefill import compare, make_inputs, make_pair
+from shortv_llava.benchmarks.models import SHAPES, make_pair
+from shortv_llava.benchmarks.prefill import measure
 from shortv_llava.calibrate.run import Choice, calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
 from shortv_llava.calibrate.selection import number_of_layers
@@ -62,11 +63,10 @@ def run(output: Path) -> None:
         f"FLOPs of a prefill with 64 text tokens and one image: {flops_ratio(shortv.config):.0%} of the dense model's"
     )
     console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
-    wide_stock, wide = make_pair(width=1024, num_layers=16, image_side=24)
-    wide.set_replaced_layers(list(range(16))[-number_of_layers(16) :])
-    speed = compare(wide_stock, wide, make_inputs(wide, text_tokens=64), pairs=5)
+    shape, number = SHAPES["scaled"], number_of_layers(SHAPES["scaled"].num_layers)
+    found = measure(*make_pair(shape), shape, (shape.layers(number), [], []), text_tokens=64, batch=1, pairs=5)
+    speed = found["language_model"]
     console.print(
-        f"{len(wide.config.replaced_layers)} of 16 layers replaced: "
-        f"{speed.stock_seconds:.2f} s -> {speed.seconds:.2f} s, {speed.speed_up:.2f}x (the FLOPs allow "
-        f"{speed.bound:.2f}x)"
+        f"{number} of {shape.num_layers} layers replaced: {speed['stock']:.2f} s -> {speed['ours']:.2f} s, "
+        f"{speed['ratio']:.2f}x (the FLOPs allow {found['bound']:.2f}x)"
     )

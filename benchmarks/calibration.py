@@ -1,4 +1,4 @@
-"""LC scores with shared work against a full pass for each: `python -m shortv_llava.benchmarks.calibration`.
+"""LC scores with shared work against a full pass for each.
 
 The other side is what the definition says and the authors' code does: the model once as it is and once for every layer,
 with the visual tokens put back there to what they were. Both sides take turns in one process.
@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from shortv_llava.benchmarks.prefill import make_inputs, make_pair
+from shortv_llava.benchmarks.models import make_inputs, make_pair, scaled
 from shortv_llava.calibrate.contribution import divergence, layer_contribution
 
 
@@ -39,8 +39,9 @@ def main(
     pairs: int = 3,
 ) -> None:
     """Compare the time of one sample's scores."""
-    stock, ours = make_pair(width, num_layers, image_side)
-    inputs = make_inputs(ours, text_tokens)
+    shape = scaled(width, num_layers, image_side)
+    stock, ours = make_pair(shape)
+    inputs = make_inputs(ours, shape, text_tokens)
 
     def timed(compute) -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
@@ -59,7 +60,3 @@ def main(
         f"{statistics.median(b for _, b in times):.2f} s: {statistics.median(a / b for a, b in times):.3f}x, median of "
         f"{pairs}; layer passes {layer_passes[0]} / {layer_passes[1]} = {layer_passes[0] / layer_passes[1]:.3f}"
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,139 +1,170 @@
-"""Prefill speed against the stock model: `python -m shortv_llava.benchmarks.prefill`.
+"""Prefill against the stock model: time to first token, share of the cost model's bound, memory."""
 
-Both models hold the same random weights and take turns in one process; the figure is the median of the paired ratios.
-The vision tower is one narrow layer, so that the language model's prefill is what is timed.
-"""
-
-import random
-import statistics
-import time
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
 
-from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.benchmarks.measure import compare, machine, peak_memory, write_json
+from shortv_llava.benchmarks.models import SHAPES, Shape, make_inputs, make_pair
+from shortv_llava.errors import ShortVError
+from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import load_processor
+from shortv_llava.package import replacing_file
 
-PATCH = 14
-IMAGE_TOKEN = 999
-
-
-class PrefillSpeed(NamedTuple):
-    """One comparison: what the cost model allows and what was measured."""
-
-    bound: float  # 1 / r
-    speed_up: float  # median of stock time over ours, pair by pair
-    stock_seconds: float  # median
-    seconds: float  # median
-
-    @property
-    def share_of_bound(self) -> float:
-        return self.speed_up / self.bound
+PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first token
+    "llava-1.5-7b": {8: 1.13, 16: 1.23, 19: 1.30, 24: 1.40},
+    "llava-1.5-13b": {8: 1.13, 16: 1.24, 24: 1.39, 32: 1.50},
+    "llava-next-7b": {8: 1.15, 16: 1.35, 19: 1.44, 24: 1.64},
+    "llava-next-13b": {8: 1.13, 16: 1.30, 24: 1.52, 32: 1.84},
+}
 
 
-def make_pair(width: int, num_layers: int, image_side: int):
-    """(stock, ours): LLaVA-1.5 with random weights, Llama's proportions and `image_side`^2 visual tokens an image."""
-    text = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=width * 43 // 16,
-        num_hidden_layers=num_layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=8192,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=image_side * PATCH,
-        patch_size=PATCH,
-    )
-    config = ShortVLlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
-    ours = ShortVLlavaForConditionalGeneration(config).eval()
-    stock = LlavaForConditionalGeneration(config).eval()
-    stock.load_state_dict(ours.state_dict(), assign=True)
-    return stock, ours
-
-
-def last_layers(num_layers: int, fraction: float) -> list[int]:
-    return list(range(num_layers))[num_layers - round(fraction * num_layers) :]
-
-
-def make_processor(model):
-    """A processor for a model of [`make_pair`], which is told the image token, with the embedded checkpoint's words."""
-    processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
-    processor.patch_size = PATCH
-    processor.image_processor.size = {"shortest_edge": side}
-    processor.image_processor.crop_size = {"height": side, "width": side}
-    model.config.image_token_id = processor.image_token_id
-    return processor
-
-
-def make_inputs(model, text_tokens: int, batch: int = 1) -> dict:
-    """A prompt whose image follows 35 text tokens, as LLaVA's does."""
-    side = model.config.vision_config.image_size
-    visual_tokens = (side // PATCH) ** 2
-    text = torch.randint(3, IMAGE_TOKEN, (batch, text_tokens))
-    image = torch.full((batch, visual_tokens), IMAGE_TOKEN)
-    ids = torch.cat([text[:, :35], image, text[:, 35:]], dim=1)
-    pixels = torch.randn(batch, 3, side, side, dtype=model.dtype)
-    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
-    return {key: value.to(model.device) for key, value in inputs.items()}
+def variants(name: str, shape: Shape, numbers: list[int] | None) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """What is frozen, by name: replaced layers, layers with frozen attention, layers with frozen FFN."""
+    everything = shape.num_layers
+    if numbers is None:
+        numbers = [0, *PAPER.get(name, (round(0.6 * everything), everything))]
+    found = {f"N = {number}": (shape.layers(number), [], []) for number in numbers}
+    half = shape.layers(everything // 2)
+    found["all FFNs"] = [], [], shape.layers(everything)
+    found["FFNs, half attention"] = half, [], [layer for layer in range(everything) if layer not in half]
+    return found
 
 
 @torch.no_grad()
-def compare(stock, ours, inputs: dict, pairs: int) -> PrefillSpeed:
-    """Time `pairs` prefills of each, in turns, after two to warm up."""
+def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int) -> dict:
+    """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
+    published shapes are timed with the vision tower as well."""
+    ours.set_replaced_layers(*frozen)
+    inputs, device = make_inputs(ours, shape, text_tokens, batch), ours.device
+    features = stock.model.get_image_features(inputs["pixel_values"])
 
-    def seconds(model) -> float:
-        start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1)
-        if inputs["input_ids"].is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def prefill(model):
+        return model(**inputs, use_cache=True, logits_to_keep=1).logits
 
-    for _ in range(2):
-        seconds(stock), seconds(ours)
-    timed = []
-    for _ in range(pairs):
-        order = random.sample((stock, ours), 2)
-        times = {model: seconds(model) for model in order}
-        timed.append((times[stock], times[ours]))
-    visual = int((inputs["input_ids"][0] == ours.config.image_token_id).sum())
-    ratio = flops_ratio(ours.config, inputs["input_ids"].shape[1] - visual, visual)
-    stock_times, our_times = zip(*timed)
-    return PrefillSpeed(
-        bound=1 / ratio,
-        speed_up=statistics.median(a / b for a, b in timed),
-        stock_seconds=statistics.median(stock_times),
-        seconds=statistics.median(our_times),
-    )
+    def sides():
+        return (lambda: prefill(stock)), (lambda: prefill(ours))
+
+    row = {"replaced_layers": frozen[0], "bound": 1 / flops_ratio(ours.config, text_tokens, shape.visual_tokens)}
+    row["identical"] = torch.equal(prefill(stock), prefill(ours))
+    if shape.published:
+        row["to_first_token"] = compare(*sides(), pairs, device)._asdict()
+    for model in (stock, ours):
+        model.model.get_image_features = lambda *args, **kwargs: features
+    try:
+        row["language_model"] = compare(*sides(), pairs, device)._asdict()
+        row["peak_bytes"] = dict(zip(("stock", "ours"), (peak_memory(side, device) for side in sides())))
+    finally:
+        for model in (stock, ours):
+            del model.model.get_image_features
+    row["share_of_bound"] = row["language_model"]["ratio"] / row["bound"]
+    return row
+
+
+def table(title: str, rows: list[dict]) -> Table:
+    """What was frozen and what that gave, a line for each."""
+    found = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    found.add_column("frozen", no_wrap=True)
+    names = ["stock", "ShortV", "speed-up", "bound", "share", "memory"]
+    with_tower = any("to_first_token" in row for row in rows)
+    for name in names + ["with tower", "paper"] * with_tower:
+        found.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        timed, peak = row["language_model"], row["peak_bytes"]
+        low, high = timed["quartiles"]
+        cells = [
+            row["frozen"],
+            f"{timed['stock']:.3f}",
+            f"{timed['ours']:.3f}",
+            f"{timed['ratio']:.3f} ±{(high - low) / 2:.2f}",
+            f"{row['bound']:.3f}",
+            f"{row['share_of_bound']:.3f}{'=' if row['identical'] else ' '}",
+            f"{peak['ours'] / peak['stock']:.2f}" if peak["stock"] else "",
+        ]
+        if with_tower:
+            paper = PAPER[row["model"]].get(len(row["replaced_layers"]))
+            cells += [f"{row['to_first_token']['ratio']:.2f}", f"{paper:.2f}" if paper else ""]
+        found.add_row(*cells)
+    return found
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """Speed-up against bound, a point for each row, a series for each model."""
+    figure, axes = new_figure()
+    highest = max(row["bound"] for row in rows)
+    axes.plot([1, highest], [1, highest], "--", color="0.6", label="bound")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = [(row["bound"], row["language_model"]["ratio"]) for row in rows if row["model"] == model]
+        axes.plot(*zip(*sorted(points)), "o", label=model, ms=5)
+    axes.set(xlabel="bound: dense FLOPs over ShortV's", ylabel="measured speed-up of the prefill")
+    with replacing_file(path) as unfinished:
+        save_figure(figure, axes, unfinished)
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; by default the first two, on a GPU the others.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Numbers of replaced layers, as `8,16,19`; the paper's by default.")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="Implementations, as `sdpa,eager`.")] = "sdpa",
+    batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
     text_tokens: int = 64,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
-    pairs: int = 11,
-    batch: int = 1,
+    pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
+    output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
 ) -> None:
-    """Compare prefill with the stock model's."""
-    stock, ours = make_pair(width, num_layers, image_side)
-    ours.set_replaced_layers(last_layers(num_layers, fraction))
-    speed = compare(stock, ours, make_inputs(ours, text_tokens, batch), pairs)
-    print(
-        f"{len(ours.config.replaced_layers)} of {num_layers} layers replaced: {speed.stock_seconds:.3f} s -> "
-        f"{speed.seconds:.3f} s, {speed.speed_up:.3f}x of at most {speed.bound:.3f}x ({speed.share_of_bound:.3f})"
+    """Time to first token and memory against the stock model, and the share of the bound 1/r.
+
+    Without a GPU: float32, models of 1024 width. With one: bfloat16, the four published models' shapes.
+
+    Examples:
+
+        shortv bench prefill
+
+        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --output results
+    """
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    names = model or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
+    for name in names:
+        if name not in SHAPES:
+            raise ShortVError(f"there is no model {name!r}; there are {', '.join(SHAPES)}")
+    try:
+        numbers = [int(number) for number in layers.split(",")] if layers is not None else None
+        batches = [int(size) for size in batch.split(",")]
+    except ValueError as error:
+        raise ShortVError(f"--layers and --batch are numbers separated by commas: {error}") from None
+    if min(batches) < 1 or any(not 0 <= n <= SHAPES[name].num_layers for n in numbers or () for name in names):
+        raise ShortVError("--batch starts at 1, --layers lie between 0 and the model's number of layers")
+
+    rows, console = [], Console()
+    for name in names:
+        for implementation in attention.split(","):
+            try:
+                stock, ours = make_pair(SHAPES[name], device, dtype, implementation)
+            except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
+                raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
+            for size in batches:
+                title = f"{name}, {implementation}, batch {size}, {SHAPES[name].visual_tokens} + {text_tokens} tokens"
+                group = []
+                for label, frozen in tqdm(variants(name, SHAPES[name], numbers).items(), desc=title, leave=False):
+                    found = measure(stock, ours, SHAPES[name], frozen, text_tokens, size, pairs)
+                    group.append({"model": name, "attention": implementation, "batch": size, "frozen": label} | found)
+                    if output is not None:  # after every line: a later one may run out of memory
+                        write_json(output / "prefill.json", rows + group)
+                console.print(table(title, group))
+                rows += group
+            del stock, ours
+    console.print(
+        f"seconds, medians of {pairs} pairs, ± half the quartiles' distance; share: of the bound\n"
+        "=: logits equal to the bit; memory: the prefill's peak over the stock model's"
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    console.print(" · ".join(f"{key} {value}" for key, value in machine().items()), highlight=False)
+    if output is not None:
+        draw(output / "prefill.png", rows)

@@ -1,4 +1,4 @@
-"""Many questions about one picture, prefilled once or for each: `python -m shortv_llava.benchmarks.shared_prefix`.
+"""Many questions about one picture, prefilled once or for each.
 
 Random weights answer with random tokens, so every answer is given the same number of them; GQA's are about two.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.prefill import last_layers, make_pair, make_processor
+from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
 from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.questions import Question
@@ -27,7 +27,8 @@ def main(
     pairs: int = 3,
 ) -> None:
     """Compare the time of all answers."""
-    _, model = make_pair(width, num_layers, image_side)
+    shape = scaled(width, num_layers, image_side)
+    _, model = make_pair(shape)
     processor, side = make_processor(model), model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 64).convert("RGB")
     # In the embedded checkpoint's words about as many tokens as a question of GQA and its instruction have in Vicuna's.
@@ -44,7 +45,7 @@ def main(
             prefilled += answerer.answer(batch).prefilled
         return time.perf_counter() - start, prefilled
 
-    for layers in ([], last_layers(num_layers, fraction)):
+    for layers in ([], shape.layers(round(fraction * num_layers))):
         model.set_replaced_layers(layers)
         runs = [(timed(False), timed(True)) for _ in range(pairs)]
         (_, apart), (_, together) = runs[0]
@@ -55,7 +56,3 @@ def main(
             f"{len(layers)} of {num_layers} layers replaced, {questions} questions: {each:.1f} s for {sum(apart)} "
             f"tokens, shared {shared:.1f} s for {sum(together)}, {ratio:.2f}x ({fewer:.2f}x fewer tokens)"
         )
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""Time to first token in the first and second turn of a chat: `python -m shortv_llava.benchmarks.turns`."""
+"""Time to first token in the first and second turn of a chat."""
 
 import statistics
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.prefill import last_layers, make_pair, make_processor
+from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
 from shortv_llava.chat import Conversation
 
 
@@ -18,10 +18,11 @@ def main(
     conversations: int = 5,
 ) -> None:
     """Compare the turns, dense and with replaced layers."""
-    _, model = make_pair(width, num_layers, image_side)
+    shape = scaled(width, num_layers, image_side)
+    _, model = make_pair(shape)
     processor, side = make_processor(model), model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 64).convert("RGB")
-    for layers in ([], last_layers(num_layers, fraction)):
+    for layers in ([], shape.layers(round(fraction * num_layers))):
         model.set_replaced_layers(layers)
         found = []
         for _ in range(conversations + 1):  # the first warms up
@@ -35,7 +36,3 @@ def main(
         for number, turn in enumerate(found[-1]):
             seconds = statistics.median(turns[number].first_token_seconds for turns in found[1:])
             print(f"  turn {number + 1}: {turn.visual_tokens} + {turn.text_tokens} tokens prefilled, {seconds:.3f} s")
-
-
-if __name__ == "__main__":
-    typer.run(main)

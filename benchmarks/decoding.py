@@ -1,0 +1,61 @@
+"""Decoding after a prompt with an image, against the stock model: a ShortV layer is then the stock layer."""
+
+from typing import Annotated
+
+import torch
+import typer
+from transformers import DynamicCache, StaticCache
+
+from shortv_llava.benchmarks.measure import compare
+from shortv_llava.benchmarks.models import SHAPES, make_inputs, make_pair
+from shortv_llava.errors import ShortVError
+
+
+@torch.no_grad()
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "scaled",
+    tokens: Annotated[int, typer.Option(min=1, help="Decoded one by one, by each model.")] = 200,
+    compile: Annotated[bool, typer.Option("--compile", help="Also the static cache with torch.compile.")] = False,
+) -> None:
+    """Time of a decoded token with a growing and with a static cache, 60% of the layers replaced.
+
+    Example:
+
+        shortv bench decoding --compile
+    """
+    if model not in SHAPES:
+        raise ShortVError(f"there is no model {model!r}; there are {', '.join(SHAPES)}")
+    shape, on_gpu = SHAPES[model], torch.cuda.is_available()
+    stock, ours = make_pair(shape, *(("cuda", torch.bfloat16) if on_gpu else ()))
+    ours.set_replaced_layers(shape.layers(round(0.6 * shape.num_layers)))
+    inputs, warm_up = make_inputs(ours, shape), 5
+    length = inputs["input_ids"].shape[1]
+
+    def steps(which, static: bool, compiled: bool):
+        config = which.config.get_text_config()
+        room = length + warm_up + tokens
+        cache = StaticCache(config=config, max_cache_len=room) if static else DynamicCache(config=config)
+        which(**inputs, past_key_values=cache, logits_to_keep=1)
+        forward = torch.compile(which.forward) if compiled else which.forward
+        positions = iter(torch.arange(length, room, device=ours.device))
+        mask = torch.ones(1, room, dtype=torch.long, device=ours.device)
+        token = inputs["input_ids"][:, :1]
+
+        def step():
+            position = next(positions)[None]
+            seen = mask if static else mask[:, : cache.get_seq_length() + 1]
+            position_arguments = {"position_ids": position[None], "cache_position": position}
+            forward(input_ids=token, attention_mask=seen, past_key_values=cache, logits_to_keep=1, **position_arguments)
+
+        return step
+
+    kinds = [("growing cache", False, False), ("static cache", True, False)]
+    if compile:
+        kinds.append(("static cache, torch.compile", True, True))
+    for name, *kind in kinds:
+        found = compare(steps(stock, *kind), steps(ours, *kind), tokens, ours.device, warm_up)
+        low, high = found.quartiles
+        print(
+            f"{model}, {name}: a token in {1000 * found.stock:.2f} ms, ShortV {1000 * found.ours:.2f} ms, "
+            f"{found.ratio:.3f}x (quartiles {low:.3f}-{high:.3f})"
+        )

@@ -1,0 +1,107 @@
+"""Random LLaVA models of given shapes, stock and ShortV with the same weights, and prompts for them."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+
+from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.package import PUBLISHED, load_processor
+
+PATCH = 14
+IMAGE_TOKEN = 999
+BEFORE_IMAGE = 35  # text tokens before the image in LLaVA's prompts
+
+# MKL cuts a product across its rows; with those of a short text every thread then packs the whole weight matrix. Cut
+# along the weights instead, for both models alike. Read at the first product.
+os.environ.setdefault("MKL_NUM_STRIPES", str(torch.get_num_threads()))
+
+
+class Shape(NamedTuple):
+    """Sizes of a model and its images. A LLaVA-NeXT image is timed as five tiles of LLaVA-1.5's size in a row."""
+
+    width: int
+    num_layers: int
+    ffn: int
+    head_size: int = 64
+    image_side: int = 24  # visual tokens of a tile are its square
+    tiles: int = 1
+    published: str | None = None  # the model whose list of layers is taken
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.tiles * self.image_side**2
+
+    def layers(self, number: int) -> list[int]:
+        """The first of the published list and, beyond it or without one, the others from the last layer on."""
+        order = list(PUBLISHED[self.published].replaced_layers) if self.published else []
+        order += [layer for layer in reversed(range(self.num_layers)) if layer not in order]
+        return order[:number]
+
+
+def scaled(width: int = 1024, num_layers: int = 16, image_side: int = 24, tiles: int = 1) -> Shape:
+    """Llama's proportions at any width."""
+    return Shape(width, num_layers, width * 43 // 16, image_side=image_side, tiles=tiles)
+
+
+SHAPES = {
+    "scaled": scaled(),
+    "scaled-next": scaled(tiles=5),
+    "llava-1.5-7b": Shape(4096, 32, 11008, 128, published="llava-1.5-7b"),
+    "llava-1.5-13b": Shape(5120, 40, 13824, 128, published="llava-1.5-13b"),
+    "llava-next-7b": Shape(4096, 32, 11008, 128, tiles=5, published="llava-next-7b"),
+    "llava-next-13b": Shape(5120, 40, 13824, 128, tiles=5, published="llava-next-13b"),
+}
+
+
+def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
+    """(stock, ours): LLaVA-1.5 with random weights. The vision tower is CLIP-L for published shapes, else one layer."""
+    text = LlamaConfig(
+        vocab_size=32064 if shape.published else 1000,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.width // shape.head_size,
+        num_key_value_heads=shape.width // shape.head_size,
+        max_position_embeddings=8192,
+    )
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    if shape.published:
+        tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**tower, image_size=shape.image_side * PATCH, patch_size=PATCH)
+    config = ShortVLlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, attn_implementation=attention
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            ours = ShortVLlavaForConditionalGeneration(config).eval()
+            stock = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    stock.load_state_dict(ours.state_dict(), assign=True)
+    return stock, ours
+
+
+def make_processor(model):
+    """A processor for a model of [`make_pair`], which is told the image token, with the embedded checkpoint's words."""
+    processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
+    processor.patch_size = PATCH
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    model.config.image_token_id = processor.image_token_id
+    return processor
+
+
+def make_inputs(model, shape: Shape, text_tokens: int = 64, batch: int = 1) -> dict:
+    """A prompt whose image follows 35 text tokens, as LLaVA's does."""
+    side = shape.image_side * PATCH
+    text = torch.randint(3, IMAGE_TOKEN, (batch, text_tokens))
+    image = torch.full((batch, shape.visual_tokens), IMAGE_TOKEN)
+    ids = torch.cat([text[:, :BEFORE_IMAGE], image, text[:, BEFORE_IMAGE:]], dim=1)
+    pixels = torch.randn(batch * shape.tiles, 3, side, side, dtype=model.dtype)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    return {key: value.to(model.device) for key, value in inputs.items()}

