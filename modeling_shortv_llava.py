@@ -226,6 +226,11 @@ class ShortVModelMixin:
                 )
             # Classes add behaviour, no state: checkpoints load as they are.
             layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
+        # FSDP wraps the classes that are named here, and refuses names of classes that are not in the model.
+        present = {type(module).__name__ for module in self.modules()}
+        for module in (self.language_model, self):
+            names = {*module._no_split_modules, *ShortVModelMixin._no_split_modules}
+            module._no_split_modules = sorted(names & present)
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """Freeze visual tokens in other layers from now on, see [`ShortVConfigMixin`]. The weights stay as they are."""
