@@ -7,6 +7,7 @@ layer as ever, and so does a forward pass without images (decoding). Method: Yua
 Shapes below: B rows, S tokens a row, of which T are computed and F = S - T frozen; h hidden size.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -62,6 +63,18 @@ class FrozenTokens:
         even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
         self.inputs = None, None, None
+        self.elsewhere = {}  # device: copy
+
+    def to(self, device, **kwargs):
+        """The same on another device, one for all layers there. accelerate's hooks call this on a layer's arguments."""
+        if torch.device(device) == self.index.device:
+            return self
+        if device not in self.elsewhere:
+            moved = self.elsewhere[device] = copy.copy(self)
+            moved.row, moved.index = self.row.to(device), self.index.to(device)
+            moved.dropped = None if self.dropped is None else self.dropped.to(device)
+            moved.inputs, moved.elsewhere = (None, None, None), {}
+        return self.elsewhere[device]
 
     def take(self, states):
         """The computed tokens' rows (B, T, ...) of (B, S, ...)."""
