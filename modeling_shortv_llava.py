@@ -337,6 +337,18 @@ class ShortVLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """See [`ShortVModelMixin.set_replaced_layers`]."""
         self.model.set_replaced_layers(replaced_layers, attention, ffn)
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As ever, or with the names that `save_pretrained` writes: `Trainer` resumes from its files by this method."""
+        names = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
+        names |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.", "image_newline")}
+
+        def in_memory(name):
+            saved = next((saved for saved in names if name.startswith(saved)), "")
+            return names.get(saved, "") + name.removeprefix(saved)
+
+        renamed = {in_memory(name): tensor for name, tensor in state_dict.items()}
+        return nn.Module.load_state_dict(self, renamed, *args, **kwargs)
+
 
 class ShortVLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
     """[`LlavaNextForConditionalGeneration`] that freezes visual tokens in the layers named by its configuration."""
@@ -352,6 +364,7 @@ class ShortVLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
 
     forward = announcing_logits(LlavaNextForConditionalGeneration.forward)
     set_replaced_layers = ShortVLlavaForConditionalGeneration.set_replaced_layers
+    load_state_dict = ShortVLlavaForConditionalGeneration.load_state_dict
 
 
 for config_class, model_class in (
