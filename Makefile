@@ -7,9 +7,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest
+	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
@@ -34,11 +36,14 @@ test-lmms-eval: .venv-lmms-eval/lmms-eval
 	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
 	touch $@
 
-# torch is installed by name: found that way, its CPU build is taken where there is one.
+# torch is installed by name: found that way, its CPU build is taken where there is one. torchao stands apart:
+# transformers imports it wherever it finds it, which makes every start slower and warns of kernels that a CPU lacks.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) torch
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[$(EXTRAS)]'
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --no-deps \
+		--upgrade --target $(1)/torchao torchao
 	touch $@
 endef
 
