@@ -5,11 +5,11 @@ PYTHON ?= python3.11
 demo: .venv/installed
 	.venv/bin/shortv demo
 
-test: .venv/installed
+test: .venv/torchao
 	.venv/bin/python -m pytest
 	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
-test-oldest: .venv-oldest/installed
+test-oldest: .venv-oldest/torchao
 	.venv-oldest/bin/python -m pytest
 	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
 
@@ -36,14 +36,20 @@ test-lmms-eval: .venv-lmms-eval/lmms-eval
 	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
 	touch $@
 
-# torch is installed by name: found that way, its CPU build is taken where there is one. torchao stands apart:
-# transformers imports it wherever it finds it, which makes every start slower and warns of kernels that a CPU lacks.
+# Apart from the rest: transformers imports torchao wherever it finds it, which makes every start slower and warns of
+# kernels that a CPU lacks.
+.venv/torchao: CONSTRAINTS = constraints.txt
+.venv-oldest/torchao: CONSTRAINTS = constraints-oldest.txt
+.venv/torchao .venv-oldest/torchao: %/torchao: %/installed
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps \
+		--upgrade --target $@ torchao
+	touch $@
+
+# torch is installed by name: found that way, its CPU build is taken where there is one.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) torch
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[$(EXTRAS)]'
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --no-deps \
-		--upgrade --target $(1)/torchao torchao
 	touch $@
 endef
 

@@ -18,8 +18,8 @@ result = {"logits": [], "tokens": [], "shapes": {}}
 for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
     weight = layer.get_submodule(name).weight
     result["shapes"][name] = tuple(getattr(weight, "to_local", lambda weight=weight: weight)().shape)
-for frozen in inputs.pop("frozen"):
-    model.set_replaced_layers(**frozen)
+for blocks in inputs.pop("frozen"):
+    model.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
     with torch.no_grad():
         result["logits"].append(model(**inputs).logits)
     result["tokens"].append(model.generate(**inputs, max_new_tokens=4, do_sample=False))

@@ -21,8 +21,7 @@ def int8_weights():
 
 
 SCHEMES = {
-    "bitsandbytes fp4": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True)),
-    "bitsandbytes nf4, nested": (
+    "bitsandbytes 4 bit": (
         "bitsandbytes",
         lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     ),
