@@ -5,11 +5,13 @@ PYTHON ?= python3.11
 demo: .venv/installed
 	.venv/bin/shortv demo
 
-test: .venv/installed
+test: .venv/torchao
 	.venv/bin/python -m pytest
+	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
-test-oldest: .venv-oldest/installed
+test-oldest: .venv-oldest/torchao
 	.venv-oldest/bin/python -m pytest
+	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
@@ -49,6 +51,15 @@ test-vllm: .venv-vllm/vllm
 	printf '%s\n' 'import torch' 'for name in ("nms", "qnms"):' '    if not hasattr(torch.ops.torchvision, name):' \
 	    '        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")' \
 	    | tee -a .venv-vllm/lib/python3*/site-packages/torchvision/extension.py > /dev/null
+	touch $@
+
+# Apart from the rest: transformers imports torchao wherever it finds it, which makes every start slower and warns of
+# kernels that a CPU lacks.
+.venv/torchao: CONSTRAINTS = constraints.txt
+.venv-oldest/torchao: CONSTRAINTS = constraints-oldest.txt
+.venv/torchao .venv-oldest/torchao: %/torchao: %/installed
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps \
+		--upgrade --target $@ torchao
 	touch $@
 
 # torch is installed by name: found that way, its CPU build is taken where there is one.

@@ -277,6 +277,11 @@ class ShortVModelMixin:
                 )
             # Classes add behaviour, no state: checkpoints load as they are.
             layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
+        # FSDP wraps the classes that are named here, and refuses names of classes that are not in the model.
+        present = {type(module).__name__ for module in self.modules()}
+        for module in (self.language_model, self):
+            names = {*module._no_split_modules, *ShortVModelMixin._no_split_modules}
+            module._no_split_modules = sorted(names & present)
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """Freeze visual tokens in other layers from now on, see [`ShortVConfigMixin`]. The weights stay as they are."""
@@ -379,6 +384,18 @@ class ShortVGenerationMixin:
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """See [`ShortVModelMixin.set_replaced_layers`]."""
         self.model.set_replaced_layers(replaced_layers, attention, ffn)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As ever, or with the names that `save_pretrained` writes: `Trainer` resumes from its files by this method."""
+        names = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
+        names |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.", "image_newline")}
+
+        def in_memory(name):
+            saved = next((saved for saved in names if name.startswith(saved)), "")
+            return names.get(saved, "") + name.removeprefix(saved)
+
+        renamed = {in_memory(name): tensor for name, tensor in state_dict.items()}
+        return nn.Module.load_state_dict(self, renamed, *args, **kwargs)
 
 
 class ShortVLlavaForConditionalGeneration(ShortVGenerationMixin, LlavaForConditionalGeneration):

@@ -201,24 +201,6 @@ def test_last_logits_alone(kept, blocks):
         torch.testing.assert_close(ours_last[real], stock_last[real], **CLOSE)
 
 
-def test_gradients_equal_the_hooked_models():
-    stock, ours = tiny.pair()
-    ours.set_replaced_layers([3, 2], ffn=[0])
-    inputs = tiny.batch(stock, "llava", ["tttIttttt", "tttIttttt"])
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.IMAGE_TOKEN, -100)
-    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, layers=(3, 2), ffn=(0,)):
-        stock(**inputs, labels=labels).loss.backward()
-    ours(**inputs, labels=labels).loss.backward()
-    gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        if gradients[name] is None:
-            assert parameter.grad is None
-        else:
-            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
-    stock.zero_grad(set_to_none=True)
-    ours.zero_grad(set_to_none=True)
-
-
 def test_config_is_the_truth():
     stock, ours = tiny.pair()
     inputs = tiny.batch(stock, "llava", ["tttIttttt"])

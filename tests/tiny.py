@@ -132,6 +132,10 @@ def batch(model, family: str, layout: list[str], padding_side="left", seed: int 
     return inputs
 
 
+def root_mean_square(difference: torch.Tensor) -> float:
+    return difference.float().square().mean().sqrt().item()
+
+
 @contextlib.contextmanager
 def frozen(stock, visual: torch.Tensor, layers=(), attention=(), ffn=()):
     """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add."""

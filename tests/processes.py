@@ -1,0 +1,16 @@
+"""Scripts beside this file, run as two processes that talk through gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(script: str, *arguments, home: Path) -> str:
+    """What the processes wrote to standard error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done.stderr

@@ -1,0 +1,133 @@
+"""Models spread over memories, devices and processes give the logits of the model in one place."""
+
+import re
+
+import pytest
+import tiny
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from devices import PretendedDevices, place
+from processes import torchrun
+from transformers.dynamic_module_utils import get_cached_module_file
+
+from shortv_llava import ShortVLlavaForConditionalGeneration
+from shortv_llava.calibrate.samples import embedded_samples, make_inputs
+from shortv_llava.package import load_processor
+
+LAYERS = "model.language_model.layers"
+FROZEN = {
+    "layers": {"replaced_layers": [3, 2, 1]},
+    "blocks": {"attention": [3, 1], "ffn": [0, 2]},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(package_folder):
+    return ShortVLlavaForConditionalGeneration.from_pretrained(package_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def inputs(package_folder):
+    return make_inputs(load_processor(package_folder), embedded_samples()[:2])
+
+
+def equal(model, whole, inputs):
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        logits = torch.equal(model(**inputs).logits, whole(**inputs).logits)
+    return logits and torch.equal(model.generate(**inputs, **settings), whole.generate(**inputs, **settings))
+
+
+def test_layers_on_the_disk(package_folder, whole, inputs, tmp_path):
+    """Every second layer, replaced ones and others, is read from the disk when it is its turn."""
+    parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    parts += [f"model.language_model.{name}" for name in ("embed_tokens", "norm", "rotary_emb")]
+    device_map = dict.fromkeys(parts, "cpu") | {f"{LAYERS}.{i}": "disk" if i % 2 else "cpu" for i in range(12)}
+    model = ShortVLlavaForConditionalGeneration.from_pretrained(
+        package_folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path
+    )
+    weights = [layer.mlp.up_proj.weight.device.type for layer in model.model.language_model.layers]
+    assert weights == ["cpu", "meta"] * 6
+    assert equal(model, whole, inputs)
+
+
+def test_device_map_auto_splits_between_layers(package_folder, whole, inputs, tmp_path):
+    model = ShortVLlavaForConditionalGeneration.from_pretrained(
+        package_folder,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": "20MB"},
+        offload_folder=tmp_path,
+    )
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    assert not [name for name in model.hf_device_map if re.fullmatch(rf"{LAYERS}\.\d+\..+", name)]
+    assert equal(model, whole, inputs)
+
+
+class Carry(AlignDevicesHook):
+    """accelerate's hook on a module whose weights are where they belong."""
+
+    def init_hook(self, module):
+        return module
+
+
+@pytest.mark.parametrize("recording", [False, True], ids=["streams apart", "hidden states recorded"])
+@pytest.mark.parametrize("layout", [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"]], ids=["even", "uneven"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+@torch.no_grad()
+def test_two_devices_pretended(frozen, layout, recording):
+    """The layers' halves on two accelerators: accelerate's hooks carry the tensors, every operation has one device."""
+    _, ours = tiny.pair()
+    inputs = tiny.batch(ours, "llava", layout)
+    ours.set_replaced_layers(**frozen)
+    expected = ours(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
+    model = ShortVLlavaForConditionalGeneration(ours.config).eval()
+    model.load_state_dict(ours.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        second = re.match(rf"{LAYERS}\.[{tiny.LAYERS // 2}-9]", name)
+        place(tensor, torch.device("cuda:1" if second else "cuda:0"))
+    decoder = model.model.language_model
+    for number, layer in enumerate(decoder.layers):
+        device = f"cuda:{number // (tiny.LAYERS // 2)}"
+        add_hook_to_module(layer, Carry(device, skip_keys=model._skip_keys_device_placement))
+    for module in (model, decoder.norm):
+        add_hook_to_module(module, Carry("cuda:0", io_same_device=module is model))
+    with PretendedDevices():
+        actual = model(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
+        assert actual.device == torch.device("cpu")  # where the inputs were
+        with pytest.raises(RuntimeError, match="different devices"):  # and moved by nobody, they would not have met
+            decoder.layers[-1].mlp.up_proj(decoder.embed_tokens.weight)
+    assert torch.equal(actual, expected)
+
+
+def test_tensor_parallel_plan_names_our_projections():
+    for family, backbone in (("llava", "llama"), ("llava_next", "mistral"), ("llava", "qwen2")):
+        stock, ours = tiny.pair(family, backbone)
+        assert ours.tp_plan and ours.tp_plan == stock.tp_plan
+        modules = {re.sub(r"\d+", "*", name) for name, _ in ours.named_modules()}
+        assert modules.issuperset(ours.tp_plan)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_processes(tmp_path):
+    """Two processes, each with half of the heads and of the FFN, against the hooked stock model in one."""
+    stock, ours = tiny.pair()
+    ours.set_replaced_layers([3, 1])
+    ours.save_pretrained(tmp_path / "package")
+    get_cached_module_file(tmp_path / "package", "modeling_shortv_llava.py")  # not by both processes at once
+    inputs = tiny.batch(stock, "llava", ["tttttt", "ttIttt", "tIttItt"])
+    frozen = [{"layers": (3, 2)}, {"attention": (1, 3), "ffn": (0, 2)}, {}]
+    torch.save(inputs | {"frozen": frozen}, tmp_path / "inputs.pt")
+    log = torchrun(
+        "tensor_parallel.py", *(tmp_path / name for name in ("package", "inputs.pt", "out.pt")), home=tmp_path
+    )
+    found = torch.load(tmp_path / "out.pt")
+    assert found["shapes"] == {"self_attn.q_proj": (16, 32), "self_attn.k_proj": (8, 32), "mlp.down_proj": (32, 24)}
+    assert "TP rules were not applied" not in log
+    real = inputs["attention_mask"].bool()
+    for blocks, logits, tokens in zip(frozen, found["logits"], found["tokens"]):
+        with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+            expected = stock(**inputs).logits
+            expected_tokens = stock.generate(**inputs, max_new_tokens=4, do_sample=False)
+        torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
+        assert torch.equal(tokens, expected_tokens)

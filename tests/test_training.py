@@ -1,0 +1,205 @@
+"""Training against the hooked stock model: gradients, checkpointing, Trainer, accelerate's FSDP, LoRA."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from processes import torchrun
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from shortv_llava.examples import finetune_lora
+
+LAYOUT = ["tttIttttt", "tIttItt", "tttttt"]
+FROZEN = {
+    "layers": {"layers": (3, 2)},
+    "all layers": {"layers": (0, 1, 2, 3)},
+    "mixed blocks": {"layers": (3,), "attention": (1,), "ffn": (0, 2)},
+}
+MODELS = [("llava", "llama", 4), ("llava", "qwen2", 2), ("llava_next", "mistral", 2)]
+
+
+def models(model=("llava", "llama", 2), blocks=FROZEN["mixed blocks"]):
+    """Copies of the pair, to be trained."""
+    stock, ours = (copy.deepcopy(each).train() for each in tiny.pair(*model))
+    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    return stock, ours
+
+
+def labelled(inputs: dict) -> dict:
+    unlearnt = (inputs["input_ids"] == tiny.IMAGE_TOKEN) | (inputs["attention_mask"] == 0)
+    return inputs | {"labels": inputs["input_ids"].masked_fill(unlearnt, -100)}
+
+
+def gradients(model, inputs: dict) -> dict:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(ours: dict, expected: dict):
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:  # the vision tower's last layer, which LLaVA does not read
+            assert ours[name] is None, name
+        else:
+            assert torch.allclose(ours[name], gradient, atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
+def test_gradients_equal_the_hooked_models(model, blocks, side):
+    stock, ours = models(model, blocks)
+    inputs = labelled(tiny.batch(stock, model[0], LAYOUT, side))
+    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+        expected = gradients(stock, inputs)
+    assert_same_gradients(gradients(ours, inputs), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_gradient_checkpointing_changes_no_gradient(attn_implementation, use_reentrant):
+    _, ours = models(("llava", "llama", 2, attn_implementation))
+    inputs = labelled(tiny.batch(ours, "llava", LAYOUT))
+    ours.enable_input_require_grads()  # reentrant checkpoints need it
+    expected = gradients(ours, inputs)
+    passes = {index: 0 for index in range(tiny.LAYERS)}
+
+    def count(module, arguments):
+        passes[module.layer_idx] += 1
+
+    for layer in ours.model.language_model.layers:
+        layer.self_attn.register_forward_pre_hook(count)
+    ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same_gradients(gradients(ours, inputs), expected)
+    assert set(passes.values()) == {2}  # forward, and once more for backward
+
+
+def rows(model, number: int) -> list[dict]:
+    """Samples of one layout, each with its own tokens and image."""
+    samples = [labelled(tiny.batch(model, "llava", ["tttIttttt"], seed=seed)) for seed in range(number)]
+    return [{name: tensor[0] for name, tensor in sample.items()} for sample in samples]
+
+
+def train(model, folder, resume=None, **settings) -> list[float]:
+    """The loss of each step that a Trainer logs."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        seed=0,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(model, 8))
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path):
+    blocks = FROZEN["mixed blocks"]
+    stock, ours = models(blocks=blocks)
+    _, resumed = models(blocks=blocks)
+    visual = torch.stack([row["input_ids"] for row in rows(stock, 2)]) == tiny.IMAGE_TOKEN  # of any two rows
+    with tiny.frozen(stock, visual, **blocks):
+        expected = train(stock, tmp_path / "stock")
+    losses = train(ours, tmp_path / "ours")
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert len(set(losses)) == 4
+    assert train(resumed, tmp_path / "again", resume=str(tmp_path / "ours" / "checkpoint-2")) == losses
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    saved = type(ours).from_pretrained(tmp_path / "ours" / "checkpoint-4")
+    assert saved.config.frozen_layers() == ours.config.frozen_layers()
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, saved.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_saved_file_is_a_state_dict(family, tmp_path):
+    """Every tensor of it, by the name it has there."""
+    _, ours = tiny.pair(family)
+    ours.save_pretrained(tmp_path)
+    again = type(ours)(ours.config)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_trainer_with_checkpointing_and_autocast(tmp_path):
+    """The setting that most fine-tunes use."""
+    blocks = FROZEN["layers"]
+    stock, ours = models(blocks=blocks)
+    visual = torch.stack([row["input_ids"] for row in rows(stock, 2)]) == tiny.IMAGE_TOKEN
+    with tiny.frozen(stock, visual, **blocks):
+        expected = train(stock, tmp_path / "stock", bf16=True, gradient_checkpointing=True)
+    losses = train(ours, tmp_path / "ours", bf16=True, gradient_checkpointing=True)
+    assert losses == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.slow
+def test_layers_sharded_by_accelerate(tmp_path):
+    """Two processes train the hooked stock model's steps, with the layers sharded that `_no_split_modules` names."""
+    blocks = FROZEN["mixed blocks"]
+    stock, ours = models(blocks=blocks)
+    ours.save_pretrained(tmp_path / "package")
+    samples = rows(stock, 6)
+    batches = [
+        {name: torch.stack([row[name] for row in pair]) for name in pair[0]} for pair in zip(*[iter(samples)] * 2)
+    ]
+    torch.save(
+        [[{n: t[rank : rank + 1] for n, t in b.items()} for b in batches] for rank in (0, 1)], tmp_path / "rows.pt"
+    )
+    names = ("package", "rows.pt", "state", "out.pt")
+    torchrun("fully_sharded.py", *(tmp_path / name for name in names), home=tmp_path)
+    found = torch.load(tmp_path / "out.pt")
+    assert "FSDPShortVLlamaDecoderLayer" in found["sharded"]
+    stock.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad], lr=1e-3)
+    expected = []
+    for batch in batches:
+        with tiny.frozen(stock, batch["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+            loss = stock(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert found["losses"] == pytest.approx(expected, abs=1e-4)
+    assert found["resumed"] == found["losses"][2:]
+
+
+def test_lora_trains_the_language_models_layers_alone():
+    """What the recipe does, in small: gradients pass frozen blocks, the vision tower stays as it is."""
+    torch.manual_seed(0)
+    _, ours = models()
+    inputs = labelled(tiny.batch(ours, "llava", LAYOUT))
+    before = copy.deepcopy(ours.state_dict())
+    model = finetune_lora.with_lora(ours, rank=4)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    merged = model.merge_and_unload().state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, merged[name])}
+    projections = {name for name in before if "language_model" in name and "_proj" in name}
+    assert changed == projections
+
+
+@pytest.mark.slow
+def test_lora_recipe_runs(capsys):
+    finetune_lora.main(steps=2, questions=5, captions=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines if "captions" in line] == ["dense", "ShortV", "ShortV, after LoRA"]
