@@ -370,7 +370,7 @@ def evaluate(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure speed and memory on random weights: prefill, decoding, calibration, shared-prefix, turns.
+    """Measure speed and memory on random weights: prefill, decoding, calibration, shared prefixes, turns, vLLM.
 
     Examples:
 

@@ -2,14 +2,10 @@
 
 import typer
 
-from shortv_llava.benchmarks import calibration, decoding, prefill, shared_prefix, turns
+from shortv_llava.benchmarks import calibration, decoding, prefill, shared_prefix, turns, vllm_load, vllm_prefill
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for name, module in (
-    ("prefill", prefill),
-    ("decoding", decoding),
-    ("calibration", calibration),
-    ("shared-prefix", shared_prefix),
-    ("turns", turns),
-):
-    app.command(name)(module.main)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+for module in (prefill, decoding, calibration, shared_prefix, turns, vllm_prefill, vllm_load):
+    app.command(module.__name__.split(".")[-1].replace("_", "-"))(module.main)

@@ -1,4 +1,4 @@
-"""Stock LLaVA and ShortV behind vLLM's server under load: `python -m shortv_llava.benchmarks.vllm_load`.
+"""Stock LLaVA and ShortV behind vLLM's server under load.
 
 Random weights, vLLM's own benchmark client with random images. Both servers run; they are asked in turns.
 """
@@ -113,7 +113,3 @@ def main(
             f"{name:6}: {rate:.3f} requests/s, time to first token {p50 / 1000:.2f} s (p50), {p99 / 1000:.2f} s (p99), "
             f"{failed} failed"
         )
-
-
-if __name__ == "__main__":
-    typer.run(main)

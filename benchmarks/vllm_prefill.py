@@ -1,4 +1,4 @@
-"""Prefill throughput in vLLM against its stock LLaVA: `python -m shortv_llava.benchmarks.vllm_prefill`.
+"""Prefill throughput in vLLM against its stock LLaVA.
 
 Both engines run in this process with random weights and take turns; the figure is the median of the paired ratios. The
 vision tower is one narrow layer, so that the language model's prefill is what is timed. No request finds anything in a
@@ -102,7 +102,3 @@ def main(
         f"{batch * tokens / found.stock:.0f} -> {batch * tokens / found.ours:.0f} tokens/s, "
         f"{found.ratio:.3f}x of at most {bound:.3f}x ({found.ratio / bound:.3f})"
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)
