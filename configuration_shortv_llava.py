@@ -53,9 +53,9 @@ class ShortVConfigMixin:
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except TypeError as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no configuration ({error})") from error
+            raise ValueError(f"{pretrained_model_name_or_path}: there is no configuration ({error})") from error
         if not isinstance(config_dict, dict):
-            raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no object, but {config_dict!r}")
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json must hold an object, got {config_dict!r}")
         if config_dict.get("model_type") == super(cls, cls).model_type:
             config_dict["model_type"] = cls.model_type
         own = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers", "lc_scores", "calibration")
