@@ -187,6 +187,18 @@ def test_quantised_cache():
         torch.testing.assert_close(ours_logits, stock_logits, atol=1e-2, rtol=0)  # rounding makes more of a difference
 
 
+@pytest.mark.parametrize("backend", ["quanto", "hqq", "fp8"])
+def test_quantised_cache_by_name(backend):
+    """As far as stock LLaVA's transformers knows the name and finds the library."""
+    stock, ours = pair()
+    inputs = tiny.batch(stock, "llava", ROWS)
+    expected, actual = (
+        outcome(model, inputs, cache_implementation="quantized", cache_config={"backend": backend})
+        for model in (stock, ours)
+    )
+    assert actual == expected
+
+
 def image_first(model):
     """A prefix with an image, and two questions about it."""
     prefix = tiny.batch(model, "llava", ["ttItttt"])
