@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 
-.PHONY: demo test test-oldest test-lmms-eval test-vllm clean
+.PHONY: demo test test-oldest test-lmms-eval test-vllm matrix clean
 
 demo: .venv/installed
 	.venv/bin/shortv demo
@@ -18,6 +18,11 @@ test-lmms-eval: .venv-lmms-eval/lmms-eval
 
 test-vllm: .venv-vllm/vllm
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+# pyenv, where there is one, shows the Pythons it is told to.
+matrix: export PYENV_VERSION := $(shell pyenv versions --bare 2>/dev/null | paste -sd:)
+matrix:
+	$(PYTHON) .ci/matrix.py
 
 # Servers and the web page are of the newest transformers alone.
 .venv/installed: EXTRAS = test,serve,web

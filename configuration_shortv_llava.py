@@ -1,6 +1,6 @@
 """Configurations of ShortV LLaVA models: LLaVA's own, and the layers in which visual tokens are frozen."""
 
-import math
+import sys
 
 from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, LlavaOnevisionConfig, VipLlavaConfig
 
@@ -17,8 +17,8 @@ class ShortVConfigMixin:
         calibration (`dict`, *optional*): the settings the scores were computed with.
 
     Raises:
-        ValueError: if a layer id is no integer in range or stands in the lists twice, or if `lc_scores` does not hold
-            one finite number a layer.
+        ValueError: if a layer id is no integer in range or stands in the lists twice, if `lc_scores` does not hold one
+            finite number a layer, or if `calibration` is no dict.
     """
 
     def __init__(
@@ -42,18 +42,34 @@ class ShortVConfigMixin:
         super().__init__(**kwargs)
         self.set_replaced_layers(replaced_layers, replaced_attention_layers, replaced_ffn_layers)
         self.lc_scores = lc_scores
-        self.calibration = calibration
         self._check_scores()
+        if calibration is not None and not isinstance(calibration, dict):
+            raise ValueError(f"calibration must be a dict of settings or null, got {calibration!r}")
+        self.calibration = calibration
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         # Lets `from_pretrained` extend a plain LLaVA's configuration, with the lists given as keyword arguments.
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: there is no configuration ({error})") from error
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json must hold an object, got {config_dict!r}")
         if config_dict.get("model_type") == super(cls, cls).model_type:
             config_dict["model_type"] = cls.model_type
         own = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers", "lc_scores", "calibration")
         config_dict.update({key: kwargs.pop(key) for key in own if key in kwargs})
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # stock LLaVA's are of many types, by the entry and the version of transformers
+            raise ValueError(f"this is no configuration of a LLaVA model: {error}") from error
 
     def set_replaced_layers(self, replaced_layers=(), attention=(), ffn=()):
         """Set the three lists of layer ids: both blocks frozen, attention alone, FFN alone. Nothing is set on error."""
@@ -77,8 +93,14 @@ class ShortVConfigMixin:
         both, attention, ffn = (frozenset(layers) for layers in lists.values())
         return both | attention, both | ffn
 
+    def _num_layers(self):
+        num_layers = getattr(self.text_config, "num_hidden_layers", None)
+        if type(num_layers) is not int:
+            raise ValueError(f"text_config: num_hidden_layers must be an integer, got {num_layers!r}")
+        return num_layers
+
     def _check_layers(self, lists):
-        num_layers = self.text_config.num_hidden_layers
+        num_layers = self._num_layers()
         seen = {}
         for name, layers in lists.items():
             if not isinstance(layers, (list, tuple)):
@@ -94,13 +116,13 @@ class ShortVConfigMixin:
                 seen[layer] = name
 
     def _check_scores(self):
-        scores, num_layers = self.lc_scores, self.text_config.num_hidden_layers
+        scores, num_layers = self.lc_scores, self._num_layers()
         if scores is None:
             return
         if not isinstance(scores, (list, tuple)) or len(scores) != num_layers:
             raise ValueError(f"lc_scores must hold one number for each of the {num_layers} layers, got {scores!r}")
         for layer, score in enumerate(scores):
-            if type(score) not in (int, float) or not math.isfinite(score):
+            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
                 raise ValueError(f"lc_scores: {score!r} for layer {layer} of 0 to {num_layers - 1} is no finite number")
         self.lc_scores = list(scores)
 

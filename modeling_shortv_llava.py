@@ -316,7 +316,7 @@ class ShortVModelMixin:
         visual = self.visual_positions(input_ids, inputs_embeds)
         device, visual = visual.device, visual.cpu()  # the one time that the host waits
         frozen = visual
-        if attention_mask is not None and attention_mask.dim() == 2:  # nobody reads padding
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # nobody reads padding
             frozen = visual | (attention_mask[:, -visual.shape[1] :] == 0).cpu()
         recording = any(
             kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)

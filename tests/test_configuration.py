@@ -82,3 +82,18 @@ def test_defaults_freeze_nothing(config_class):
     default = config_class()
     assert default.frozen_layers() == (frozenset(), frozenset())
     assert default.lc_scores is None and default.calibration is None
+
+
+@pytest.mark.parametrize("settings", [{"calibration": "lc"}, {"lc_scores": [1.0, 2.0, 3.0, 10**400]}])
+def test_values_that_nothing_could_use(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "5", "null", '{"text_config": 5}', '{"text_config": {"num_hidden_layers": "4"}}']
+)
+def test_a_config_json_of_something_else(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="configuration|config.json|num_hidden_layers"):
+        ShortVLlavaConfig.from_pretrained(tmp_path)

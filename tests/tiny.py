@@ -27,7 +27,7 @@ from shortv_llava import (
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
-IMAGE_TOKEN, PAD_TOKEN, VOCABULARY, LAYERS = 90, 0, 96, 4
+IMAGE_TOKEN, PAD_TOKEN, END_TOKEN, VOCABULARY, LAYERS = 90, 0, 2, 96, 4
 BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 CLASSES = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration, ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
@@ -50,7 +50,7 @@ def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementatio
             "num_attention_heads": 4,
             "num_key_value_heads": kv_heads,
             "bos_token_id": 1,
-            "eos_token_id": 2,
+            "eos_token_id": END_TOKEN,
             "pad_token_id": PAD_TOKEN,
             "initializer_range": 0.2,
         }
@@ -76,13 +76,13 @@ def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementatio
 
 
 @functools.cache
-def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa"):
+def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text):
     """(stock model, ShortV model) with the same weights, float32."""
     stock_config, stock_class, our_config, our_class = CLASSES[family]
     torch.manual_seed(0)
     settings = (family, backbone, kv_heads, attn_implementation)
-    stock = stock_class(stock_config(**config_dict(*settings))).eval()
-    ours = our_class(our_config(**config_dict(*settings))).eval()
+    stock = stock_class(stock_config(**config_dict(*settings, **text))).eval()
+    ours = our_class(our_config(**config_dict(*settings, **text))).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -125,7 +125,8 @@ def batch(model, family: str, layout: list[str], padding_side="left", seed: int 
 
     def padded(row, filler):
         rest = [filler] * (longest - len(row))
-        return rest + row if padding_side == "left" else row + rest
+        before = {"left": len(rest), "right": 0, "both": len(rest) // 2}[padding_side]
+        return rest[:before] + row + rest[before:]
 
     inputs["input_ids"] = torch.tensor([padded(row, PAD_TOKEN) for row in rows])
     inputs["attention_mask"] = torch.tensor([padded([1] * len(row), 0) for row in rows])
@@ -137,18 +138,35 @@ def root_mean_square(difference: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def frozen(stock, visual: torch.Tensor, layers=(), attention=(), ffn=()):
-    """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add."""
+def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), ffn=()):
+    """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add.
+
+    Left out, they are found anew in every forward pass that gets images, and no other is touched, as `generate` needs.
+    """
     decoder = stock.model.language_model.layers
+    find = visual is None
+
+    def find_visual(module, args, kwargs):
+        nonlocal visual
+        visual = None
+        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            if input_ids is not None:
+                visual = input_ids == IMAGE_TOKEN
+            else:
+                placeholder = module.get_input_embeddings()(torch.tensor(IMAGE_TOKEN))
+                visual = (kwargs["inputs_embeds"] == placeholder).all(-1)
 
     def zero_visual(module, args, output):
         states = output[0] if isinstance(output, tuple) else output
-        if states.shape[:2] == visual.shape:
+        if visual is not None and states.shape[:2] == visual.shape:
             states = states.masked_fill(visual.unsqueeze(-1), 0)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     handles = [decoder[i].self_attn.register_forward_hook(zero_visual) for i in {*layers, *attention}]
     handles += [decoder[i].mlp.register_forward_hook(zero_visual) for i in {*layers, *ffn}]
+    if find:
+        handles.append(stock.model.register_forward_pre_hook(find_visual, with_kwargs=True))
     try:
         yield stock
     finally:
