@@ -1,17 +1,20 @@
 PYTHON ?= python3.11
 
-.PHONY: demo test test-oldest test-lmms-eval test-vllm matrix clean
+.PHONY: demo test test-oldest test-slow test-lmms-eval test-vllm matrix clean
 
 demo: .venv/installed
 	.venv/bin/shortv demo
 
 test: .venv/torchao
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto -m "not slow"
 	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-oldest: .venv-oldest/torchao
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n auto -m "not slow"
 	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
+
+test-slow: .venv/torchao
+	.venv/bin/python -m pytest -n auto -m slow
 
 test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
