@@ -1,0 +1,1 @@
+"""Models built with this package's own commands."""

@@ -355,7 +355,7 @@ class Evidence:
 
 def summary(lc: Sequence[float]) -> dict[str, str]:
     """A curve in six numbers: means over fifths of the layers and how many are below a hundredth."""
-    fifth = len(lc) // 5
+    fifth = max(1, len(lc) // 5)
     means = {
         f"LC {start}-{start + fifth - 1}": f"{statistics.mean(lc[start : start + fifth]):.3f}"
         for start in range(0, len(lc), fifth)
