@@ -76,43 +76,41 @@ def text(folder: Folder, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
 
 
 @app.command()
-def curves(folder: Folder, dtype: Dtype = "float32", work: Work = WORK) -> None:
+def curves(folder: Folder, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
     """Layer Contribution of every layer, visual and text."""
     evidence(folder, work, dtype, 1).curves()
 
 
 @app.command()
-def layers(folder: Folder, pictures: Pictures = 50, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
+def layers(folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
     """Numbers of layers frozen, chosen by LC, greedily, by cosine and at random."""
     evidence(folder, work, dtype, pictures).layers()
 
 
 @app.command()
 def blocks(
-    folder: Folder, pictures: Pictures = 50, dtype: Dtype = "bfloat16", work: Work = WORK, pairs: int = 7
+    folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK, pairs: int = 7
 ) -> None:
     """Whole layers against blocks at equal FLOPs."""
     evidence(folder, work, dtype, pictures).blocks(pairs)
 
 
 @app.command()
-def tokens(folder: Folder, pictures: Pictures = 50, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
+def tokens(folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
     """Freezing text, all, or as many random tokens instead."""
     evidence(folder, work, dtype, pictures).tokens()
 
 
 @app.command()
-def calibration(
-    folder: Folder, pictures: Pictures = 50, dtype: Dtype = "bfloat16", work: Work = WORK, samples: int = 400
-) -> None:
+def calibration(folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
     """Calibration with few and with many samples."""
-    evidence(folder, work, dtype, pictures).calibration(samples)
+    evidence(folder, work, dtype, pictures).calibration()
 
 
 @app.command()
 def ingredients(
     folder: Folder,
-    pictures: Pictures = 50,
+    pictures: Pictures = 25,
     dtype: Dtype = "bfloat16",
     work: Work = WORK,
     scale: Annotated[list[int], typer.Option(help="Of the projected tokens; several.")] = [1, 4],  # noqa: B006

@@ -22,15 +22,15 @@ from shortv_llava.calibrate.contribution import cosine_distance
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units
 from shortv_llava.examples.smol_llava import scenes
-from shortv_llava.examples.smol_llava.measure import Meter, Reading, layer_scores, samples_of
+from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
 from shortv_llava.package import LAYER_LISTS, load_model, load_processor, replacing_file
 
-SAMPLES = 40  # for calibration, each of a picture of its own
-GREEDY = 8, 5  # pictures, and questions about each: as many samples
-CANDIDATES = 6  # of lowest LC per operation saved, among which a greedy step looks
+MANY = 40, 10  # pictures, and questions about each: samples for LC, of which one a picture chooses
+FEW = 5, 8  # likewise, where every sample is dear: blocks, text, greedy choices
+CANDIDATES = 4  # of lowest LC per operation saved, among which a greedy step looks
 NUMBERS = (6, 12, 18, 24)  # of layers frozen, beside none and all
 RATIOS = (0.85, 0.7, 0.55, 0.45)
 SEEDS = 5
@@ -72,17 +72,20 @@ class Evidence:
     def units(self, granularity: str) -> Units:
         """Units whose operations are counted for this set's own prompts."""
         units = Units(self.model.config, granularity)
-        mean = statistics.mean(
-            len(self.packer.row([question]).input_ids) - len(self.packer.encode(question.answer)) - 1
-            for _, questions in scenes.held_out(SAMPLES, 1, seed="calibration")
-            for question in questions
-        )
-        units.tokens = round(mean) - VISUAL_TOKENS, VISUAL_TOKENS
+        units.tokens = self.prompt_tokens
         return units
 
-    def samples(self, number: int, objects: int | None = None):
-        seed = "calibration" if objects is None else f"calibration, {objects} objects"
-        return samples_of(scenes.held_out(number, 1, seed, objects))
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Text and visual tokens of a prompt, mean of some."""
+        asked = [question for _, questions in scenes.held_out(20, 9, seed="calibration") for question in questions]
+        rows = [self.packer.row([question]) for question in asked]
+        mean = statistics.mean(row.labels.count(IGNORED) for row in rows)
+        return round(mean) - VISUAL_TOKENS, VISUAL_TOKENS
+
+    def inputs(self, samples):
+        inputs = make_inputs(self.processor, samples)
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def keep(self, name: str, compute: Callable):
         """A result from the folder, else computed and put there."""
@@ -95,21 +98,35 @@ class Evidence:
                 unfinished.write_text(json.dumps(kept))
         return kept[name]
 
-    def lc(self, granularity: str = "layer", number: int = SAMPLES, objects: int | None = None) -> torch.Tensor:
-        """Visual LC scores (number, units)."""
-        return torch.tensor(
-            self.keep(
-                f"{granularity} LC, {number} samples, {objects} objects",
-                lambda: layer_scores(
-                    self.model, self.processor, self.samples(number, objects), granularity=granularity
-                )[0].tolist(),
-            )
-        )
+    def lc(self, name: str = "visual", granularity: str = "layer", meter: Meter | None = None, frozen=None):
+        """LC scores (samples, units), by their definition, of all questions of a meter, MANY's by default.
 
-    def lc_of(self, tokens: str) -> torch.Tensor:
-        """LC scores (SAMPLES, layers) of another set of tokens."""
-        scores = lambda: layer_scores(self.model, self.processor, self.samples(SAMPLES), [tokens])[0].tolist()  # noqa: E731
-        return self.lc() if tokens == "visual" else torch.tensor(self.keep(f"layer LC of {tokens}", scores))
+        Args:
+            name: of what is frozen, and where; the scores are kept under it.
+            frozen: as for [`Evidence.read`].
+        """
+        meter = meter or self.many
+
+        def compute() -> list[list[float]]:
+            units, original = self.units(granularity), self.read({}, meter=meter)
+            bar = tqdm(range(len(units)), desc=f"{granularity} LC, {name}")
+            columns = [self.read(units.frozen([unit]), frozen, meter).kl(original) for unit in bar]
+            return torch.stack(columns, dim=1).tolist()
+
+        return torch.tensor(self.keep(f"{granularity} LC, {name}, {len(meter.questions)} samples", compute))
+
+    @cached_property
+    def many(self) -> Meter:
+        return Meter(self.packer, scenes.held_out(*MANY, seed="calibration"))
+
+    @cached_property
+    def few(self) -> Meter:
+        return Meter(self.packer, scenes.held_out(*FEW, seed="calibration, few"))
+
+    def one_a_picture(self, turn: int = 0) -> torch.Tensor:
+        """Indices of as many of MANY's samples as pictures: one question about each."""
+        pictures = self.many.pictures
+        return torch.tensor([(pictures == number).nonzero()[turn].item() for number in range(MANY[0])])
 
     def read(self, lists: dict[str, list[int]], frozen=None, meter: Meter | None = None) -> Reading:
         """Answers with layers frozen, lists as in the configuration; of the tokens `frozen(batch)`, or the visual."""
@@ -121,21 +138,23 @@ class Evidence:
         name, *seed = strategy.split()
         if name == "random":
             return units.order_at_random(int(seed[0]))
+        if name == "LC" and units.granularity == "block":
+            return units.order_by(self.lc(granularity="block", meter=self.few).mean(0).tolist())
         if name == "LC":
-            return units.order_by(self.lc(units.granularity).mean(0).tolist())
+            return units.order_by(self.lc()[self.one_a_picture()].mean(0).tolist())
         if name == "cosine":
-            distances = [cosine_distance(self.model, make_inputs(self.processor, [s])) for s in self.samples(SAMPLES)]
+            samples = samples_of(scenes.held_out(MANY[0], 1, seed="calibration"))
+            distances = [cosine_distance(self.model, self.inputs([sample])) for sample in samples]
             return units.order_by(torch.stack(distances).mean(0).tolist())
         return self.keep(f"greedy {units.granularity}s", lambda: self.greedy(units))
 
     def greedy(self, units: Units) -> list[int]:
         """Greedily by added KL per operation saved, among the CANDIDATES of lowest LC per operation saved."""
-        meter = Meter(self.packer, scenes.held_out(*GREEDY, seed="calibration, greedy"))
-        original = self.read({}, meter=meter)
+        original = self.read({}, meter=self.few)
         left, order, reached = self.order("LC", units), [], 0.0
         for _ in tqdm(range(len(units)), desc=f"greedy, {units.granularity}s"):
             found = {
-                unit: self.read(units.frozen([*order, unit]), meter=meter).kl(original).mean().item()
+                unit: self.read(units.frozen([*order, unit]), meter=self.few).kl(original).mean().item()
                 for unit in left[:CANDIDATES]
             }
             best = min(found, key=lambda unit: (found[unit] - reached) / units.saved(unit))
@@ -219,7 +238,7 @@ class Evidence:
 
     def curves(self) -> None:
         """LC of every layer, visual and text, and whether the paper's statements hold."""
-        visual, text = self.lc_of("visual"), self.lc_of("text")
+        visual, text = self.lc(), self.lc("text", meter=self.few, frozen=self.text_of)
         rows = []
         for layer in range(visual.shape[1]):
             row = {"layer": layer}
@@ -258,8 +277,7 @@ class Evidence:
     def blocks(self, pairs: int) -> None:
         """Whole layers against blocks at equal FLOPs, with prefill times in this dtype."""
         rows, stock = [], LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
-        inputs = make_inputs(self.processor, self.samples(8))
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        inputs = self.inputs(samples_of(scenes.held_out(8, 1, seed="prefill")))
         for ratio in RATIOS:
             for granularity in ("layer", "block"):
                 units = self.units(granularity)
@@ -281,75 +299,73 @@ class Evidence:
                     )
         print_table(rows)
 
+    def prompt_of(self, batch) -> torch.Tensor:
+        """(B, S), all tokens of prompts."""
+        return batch["labels"] == IGNORED
+
+    def text_of(self, batch) -> torch.Tensor:
+        """(B, S), the text tokens of prompts."""
+        return self.prompt_of(batch) & (batch["input_ids"] != self.model.config.image_token_id)
+
     def tokens(self) -> None:
         """Freezing other tokens, in the layers where it costs them least."""
         units, rows = self.units("layer"), []
         generator = torch.Generator().manual_seed(0)
-        image = self.model.config.image_token_id
         text_tokens, visual_tokens = units.tokens
-
-        def prompt(batch) -> torch.Tensor:
-            return batch["labels"] == IGNORED
 
         def as_many(batch) -> torch.Tensor:
             share = visual_tokens / (text_tokens + visual_tokens)
-            return prompt(batch) & (torch.rand(batch["labels"].shape, generator=generator) < share)
+            return self.prompt_of(batch) & (torch.rand(batch["labels"].shape, generator=generator) < share)
 
+        visual = self.order("LC", units)
+        text = units.order_by(self.lc("text", meter=self.few, frozen=self.text_of).mean(0).tolist())
+        both = units.order_by(self.lc("text and visual", meter=self.few, frozen=self.prompt_of).mean(0).tolist())
         kinds = {
-            "none": (None, None),
-            "text": ("text", lambda batch: prompt(batch) & (batch["input_ids"] != image)),
-            "text and visual": ("all", prompt),
-            "as many random": ("visual", as_many),
-            "visual": ("visual", None),
+            "none": ([], None),
+            "text": (text, self.text_of),
+            "text and visual": (both, self.prompt_of),
+            "as many random": (visual, as_many),
+            "visual": (visual, None),
         }
-        for name, (scores, frozen) in kinds.items():
-            order = units.order_by(self.lc_of(scores).mean(0).tolist()) if scores else []
+        for name, (order, frozen) in kinds.items():
             rows.append({"frozen": name, **self.row(units.frozen(order[:TABLE7_LAYERS]), frozen)})
         print_table(rows)
 
-    def calibration(self, many: int) -> None:
-        """SAMPLES samples against `many`."""
-        units, rows = self.units("layer"), []
-        scores = {number: self.lc(number=number) for number in (SAMPLES, many)}
-        orders = {number: units.order_by(found.mean(0).tolist()) for number, found in scores.items()}
-        for chosen in NUMBERS:
-            same = len({*orders[SAMPLES][:chosen]} & {*orders[many][:chosen]})
-            for number, order in orders.items():
-                found = self.row(units.frozen(order[:chosen]))
-                rows.append({"N": chosen, "samples": number, "layers in common": same, **found})
+    def calibration(self) -> None:
+        """One sample a picture against all, and how far choices with so few agree among themselves."""
+        units, scores, rows = self.units("layer"), self.lc(), []
+        everything = units.order_by(scores.mean(0).tolist())
+        draws = [units.order_by(scores[self.one_a_picture(turn)].mean(0).tolist()) for turn in range(MANY[1])]
+        for number in NUMBERS:
+            same = [len({*order[:number]} & {*everything[:number]}) for order in draws]
+            common = f"{statistics.mean(same):.1f} ({min(same)} to {max(same)})"
+            for name, order in ((MANY[0], draws[0]), (len(scores), everything)):
+                found = self.row(units.frozen(order[:number]))
+                rows.append({"N": number, "samples": name, **found, f"in common, {len(draws)} draws": common})
         print_table(rows)
-        for number, order in orders.items():
-            print(f"\n{number} samples: {order}")
+        for name, order in ((MANY[0], draws[0]), (len(scores), everything)):
+            print(f"\n{name} samples: {order}")
 
     def ingredients(self, scales: Sequence[int]) -> None:
         """What needs no training: the norm of the projected tokens, the richness of the pictures."""
         rows, projector = [], self.model.model.multi_modal_projector.linear_2
+
+        def add(name: str, meter: Meter) -> None:
+            right = 100 * self.read({}, meter=meter).right.float().mean().item()
+            scores = self.lc(f"visual, {name}", meter=meter).mean(0).tolist()
+            rows.append({"measured with": name, "accuracy": f"{right:.1f}", **summary(scores)})
+
         for scale in scales:
             with torch.no_grad():
                 for weight in projector.parameters():
                     weight.mul_(scale)
-                right = 100 * self.read({}).right.float().mean().item()
-                name = f"tokens' norm x {scale}"
-                lc = torch.tensor(
-                    self.keep(
-                        name,
-                        lambda: layer_scores(self.model, self.processor, self.samples(SAMPLES))[0].tolist(),
-                    )
-                )
+            add(f"tokens' norm x {scale}", self.few)
+            with torch.no_grad():
                 for weight in projector.parameters():
                     weight.div_(scale)
-            rows.append({"measured with": name, "accuracy": f"{right:.1f}", **summary(lc.mean(0).tolist())})
         for objects in (2, scenes.MAX_OBJECTS):
-            lc = self.lc(objects=objects)
-            meter = Meter(self.packer, scenes.held_out(40, 8, f"held-out, {objects} objects", objects))
-            right = 100 * self.read({}, meter=meter).right.float().mean().item()
-            rows.append(
-                {
-                    "measured with": f"{objects} objects a picture",
-                    "accuracy": f"{right:.1f}",
-                    **summary(lc.mean(0).tolist()),
-                }
-            )
+            asked = scenes.held_out(*FEW, f"calibration, {objects} objects", objects)
+            add(f"{objects} objects a picture", Meter(self.packer, asked))
         print_table(rows)
 
 

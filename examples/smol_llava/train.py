@@ -14,6 +14,7 @@ its pictures from its own number. At milestones Layer Contribution and accuracy 
 import json
 import random
 import shutil
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -35,11 +36,14 @@ from shortv_llava.examples.smol_llava.model import (
 )
 from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_states
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
+from shortv_llava.package import replacing_file
 
-WARMUP = {"steps": 600, "lr": 1e-3}
-STAGE1 = {"steps": 160, "lr": 3e-4}
-STAGE2 = {"steps": 560, "lr": 5e-4}
-FROZEN = {"steps": 280, "lr": 3e-4}  # half of stage 2
+WARMUP = {"steps": 400, "lr": 1e-3}
+STAGE1 = {"steps": 90, "lr": 4e-4}
+STAGE2 = {"steps": 240, "lr": 6e-4}
+MILESTONES = 60  # steps of stage 2 between two
+SAVE_EVERY = 20
+FROZEN = {"steps": 60, "lr": 4e-4}
 SCALE = 8  # of the projected tokens' norm, in the run that scales them
 WARMUP_PICTURES = 64  # a step
 PICTURES = 4  # a step
@@ -48,6 +52,7 @@ CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
 CAPTIONS = 0.3  # of the rows have one
 TEXTS = 3  # prompts without a picture, in every other step of stage 2
 ANSWER_TOKENS = 64
+LC_SAMPLES = 12  # at milestones
 WORDS = (*(value for values in scenes.VALUES.values() for value in values), "top", "bottom", "left", "right")
 NOTHING = "background"
 
@@ -89,12 +94,16 @@ class Training:
             self.model.cuda()
         self.parts = trained_parts(self.model)
         asked = scenes.held_out(40, 8, seed="milestones")
-        self.meter, self.samples = Meter(self.packer, asked), samples_of([(scene, [q[0]]) for scene, q in asked])
+        self.meter = Meter(self.packer, asked)
+        self.samples = samples_of([(scene, questions[:1]) for scene, questions in asked[:LC_SAMPLES]])
         self.pictures = [scene for scene, _ in asked]
 
     @torch.no_grad()
     def own_answers(self, language_model) -> list[Question]:
-        """The language model's answers to the text-only prompts, or their beginnings."""
+        """The language model's answers to the text-only prompts, or their beginnings; kept in the folder."""
+        kept = self.work / "answers.json"
+        if kept.exists():
+            return [Question(*entry) for entry in json.loads(kept.read_text())]
         prompts = [
             self.processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
             for prompt in TRAINING_PROMPTS
@@ -103,10 +112,13 @@ class Training:
         tokens = language_model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
         answers = self.processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])
         end = self.packer.end
-        return [
+        texts = [
             Question("text" if end in answer else UNFINISHED, prompt, answer.split(end)[0])
             for prompt, answer in zip(TRAINING_PROMPTS, answers)
         ]
+        with replacing_file(kept) as unfinished:
+            unfinished.write_text(json.dumps([astuple(text) for text in texts]))
+        return texts
 
     def run_all(self, output: Path) -> None:
         """Train what ships, write it and the log to `output`, then make the runs for comparison."""
@@ -120,7 +132,6 @@ class Training:
         with torch.no_grad():
             for weight in self.model.model.multi_modal_projector.linear_2.parameters():
                 weight.mul_(SCALE)
-        self.milestone("scaled", 0, None)
         self.through_language_model("scaled", **STAGE1)
         shutil.copyfile(self.log, output / self.log.name)
 
@@ -149,21 +160,25 @@ class Training:
 
     def through_language_model(self, name: str, steps: int, lr: float) -> None:
         """Tower and projector, by the loss of the language model as it is."""
-        saved = partial(self.milestone, name)
-        run(name, self.parts, partial(self.loss, name), self.work, steps, lr, save_every=steps // 2, saved=saved)
+
+        def saved(step: int, loss: float) -> None:
+            if step == steps:
+                self.milestone(name, step, loss)
+
+        run(name, self.parts, partial(self.loss, name), self.work, steps, lr, SAVE_EVERY, saved)
 
     def stage_2(self, output: Path) -> None:
         adapters = attach_adapters(self.model).to(self.model.device)
         parts = trained_parts(self.model, adapters)
 
         def saved(step: int, loss: float) -> None:
-            if step % (STAGE2["steps"] // 4) == 0:
+            if step % MILESTONES == 0:
                 self.milestone("stage 2", step, loss)
             save_trained(parts, output)
             shutil.copyfile(self.log, output / self.log.name)
 
         loss_of = partial(self.loss, "stage 2", texts=True)
-        run("stage 2", parts, loss_of, self.work, **STAGE2, save_every=STAGE2["steps"] // 16, saved=saved)
+        run("stage 2", parts, loss_of, self.work, **STAGE2, save_every=SAVE_EVERY, saved=saved)
         detach_adapters(self.model, adapters, merge=False)
 
     def loss(self, name: str, step: int, texts: bool = False) -> torch.Tensor:
