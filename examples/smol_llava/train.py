@@ -38,19 +38,17 @@ from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
 from shortv_llava.package import replacing_file
 
-WARMUP = {"steps": 400, "lr": 1e-3}
-STAGE1 = {"steps": 90, "lr": 4e-4}
-STAGE2 = {"steps": 240, "lr": 6e-4}
-MILESTONES = 60  # steps of stage 2 between two
-SAVE_EVERY = 20
-FROZEN = {"steps": 60, "lr": 4e-4}
+WARMUP = {"steps": 400, "lr": 1e-3, "pictures": 64}
+STAGE1 = {"steps": 50, "lr": 4e-4, "pictures": 3}  # a step
+STAGE2 = {"steps": 200, "lr": 8e-4, "pictures": 2}
+MILESTONES = 50  # steps of stage 2 between two
+SAVE_EVERY = 10
+FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 2}
 SCALE = 8  # of the projected tokens' norm, in the run that scales them
-WARMUP_PICTURES = 64  # a step
-PICTURES = 4  # a step
-QUESTIONS = 12  # about each
+QUESTIONS = 12  # about each picture
 CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
 CAPTIONS = 0.3  # of the rows have one
-TEXTS = 3  # prompts without a picture, in every other step of stage 2
+TEXTS = 3  # prompts without a picture, in every fourth step of stage 2
 ANSWER_TOKENS = 64
 LC_SAMPLES = 12  # at milestones
 WORDS = (*(value for values in scenes.VALUES.values() for value in values), "top", "bottom", "left", "right")
@@ -147,7 +145,7 @@ class Training:
 
         def loss_of(step: int) -> torch.Tensor:
             rng = random.Random(f"warm-up/{step}")
-            pictures = [scenes.make_scene(rng) for _ in range(WARMUP_PICTURES)]
+            pictures = [scenes.make_scene(rng) for _ in range(WARMUP["pictures"])]
             pixels = self.packer.pixels(pictures).to(self.model.device)
             states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
             tokens = self.model.model.multi_modal_projector(states[self.model.config.vision_feature_layer][:, 1:])
@@ -156,16 +154,16 @@ class Training:
             misses = (tokens.float() - targets).square().sum(-1) / targets.square().sum(-1)
             return misses[shown].mean() + 0.2 * misses[~shown].mean()
 
-        run("warm-up", self.parts, loss_of, self.work, **WARMUP)
+        run("warm-up", self.parts, loss_of, self.work, WARMUP["steps"], WARMUP["lr"])
 
-    def through_language_model(self, name: str, steps: int, lr: float) -> None:
+    def through_language_model(self, name: str, steps: int, lr: float, pictures: int) -> None:
         """Tower and projector, by the loss of the language model as it is."""
 
         def saved(step: int, loss: float) -> None:
             if step == steps:
                 self.milestone(name, step, loss)
 
-        run(name, self.parts, partial(self.loss, name), self.work, steps, lr, SAVE_EVERY, saved)
+        run(name, self.parts, partial(self.loss, name, pictures), self.work, steps, lr, SAVE_EVERY, saved)
 
     def stage_2(self, output: Path) -> None:
         adapters = attach_adapters(self.model).to(self.model.device)
@@ -177,21 +175,21 @@ class Training:
             save_trained(parts, output)
             shutil.copyfile(self.log, output / self.log.name)
 
-        loss_of = partial(self.loss, "stage 2", texts=True)
-        run("stage 2", parts, loss_of, self.work, **STAGE2, save_every=SAVE_EVERY, saved=saved)
+        loss_of = partial(self.loss, "stage 2", STAGE2["pictures"], texts=True)
+        run("stage 2", parts, loss_of, self.work, STAGE2["steps"], STAGE2["lr"], SAVE_EVERY, saved)
         detach_adapters(self.model, adapters, merge=False)
 
-    def loss(self, name: str, step: int, texts: bool = False) -> torch.Tensor:
-        """Cross-entropy of the answers of a step's conversations."""
+    def loss(self, name: str, number: int, step: int, texts: bool = False) -> torch.Tensor:
+        """Cross-entropy of the answers in a step's conversations about a `number` of pictures."""
         rng = random.Random(f"{name}/{step}")
-        pictures = [scenes.make_scene(rng) for _ in range(PICTURES)]
+        pictures = [scenes.make_scene(rng) for _ in range(number)]
         rows = []
         for scene in pictures:
             questions = scenes.ask_several(scene, QUESTIONS, rng)
             if rng.random() < CAPTIONS:
                 questions[rng.randrange(len(questions))] = scenes.caption(scene)
             rows.append(self.packer.row(questions, conversation=rng.random() < CONVERSATIONS))
-        if texts and step % 2:
+        if texts and step % 4 == 3:
             rows.append(self.packer.row(rng.sample(self.texts, TEXTS), picture=False))
         states, labels = answer_states(self.model, self.packer.batch(rows, pictures))
         return nn.functional.cross_entropy(self.model.lm_head(states).float(), labels)
