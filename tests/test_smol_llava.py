@@ -9,13 +9,14 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.calibrate.contribution import contributions
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.__main__ import main
 from shortv_llava.examples.smol_llava.language_model import load_language_model
-from shortv_llava.examples.smol_llava.measure import Meter, layer_scores, samples_of
+from shortv_llava.examples.smol_llava.measure import Meter, samples_of
 from shortv_llava.examples.smol_llava.model import (
     attach_adapters,
     build,
@@ -190,10 +191,9 @@ def test_freezing_text_is_what_its_layer_contribution_measures(llava):
     plain, packer = llava
     model = ShortVLlavaForConditionalGeneration(ShortVLlavaConfig.from_dict(plain.config.to_dict())).eval()
     model.load_state_dict(plain.state_dict())
-    asked = scenes.held_out(3, 1, seed="text")
-    scores = layer_scores(model, packer.processor, samples_of(asked), ["visual", "text"])
-    assert scores.shape == (2, 3, 3) and (scores[0, :, -1] == 0).all()
-    meter = Meter(packer, asked, rows=1)
+    meter = Meter(packer, scenes.held_out(3, 2, seed="text"), rows=2)
+    scores = meter.scores(model, ["visual", "text"])
+    assert scores.shape == (2, 6, 3) and (scores[0, :, -1] == 0).all()
     dense = meter.read(model)
 
     def text(batch):
@@ -203,4 +203,18 @@ def test_freezing_text_is_what_its_layer_contribution_measures(llava):
         model.set_replaced_layers([layer])
         for frozen, expected in ((None, scores[0]), (text, scores[1])):
             found = meter.read(model, frozen).kl(dense)
-            torch.testing.assert_close(found.mean(), expected[:, layer].mean(), atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(found, expected[:, layer], atol=1e-5, rtol=1e-3)
+
+
+def test_packed_layer_contribution_is_that_of_each_prompt_alone(llava):
+    model, packer = llava
+    asked = scenes.held_out(2, 3, seed="lc")
+    for granularity in ("layer", "block"):
+        meter = Meter(packer, asked, rows=2)
+        packed = meter.scores(model, ["visual", "text"], granularity)
+        order = {question.text: number for number, question in enumerate(meter.questions)}
+        for sample in samples_of(asked):
+            alone = contributions(
+                model, make_inputs(packer.processor, [sample]), ["visual", "text"], "release", granularity
+            )
+            torch.testing.assert_close(packed[:, order[sample.question]], alone[:, 0], atol=1e-5, rtol=1e-3)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from shortv_llava.benchmarks.prefill import compare
-from shortv_llava.calibrate.contribution import cosine_distance
+from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units
 from shortv_llava.examples.smol_llava import scenes
@@ -98,22 +98,13 @@ class Evidence:
                 unfinished.write_text(json.dumps(kept))
         return kept[name]
 
-    def lc(self, name: str = "visual", granularity: str = "layer", meter: Meter | None = None, frozen=None):
-        """LC scores (samples, units), by their definition, of all questions of a meter, MANY's by default.
-
-        Args:
-            name: of what is frozen, and where; the scores are kept under it.
-            frozen: as for [`Evidence.read`].
-        """
-        meter = meter or self.many
+    def lc(self, name: str, meter: Meter, tokens: Tokens = "visual", granularity: Granularity = "layer"):
+        """LC scores (samples, units) of a meter's questions, kept under a name for the meter."""
 
         def compute() -> list[list[float]]:
-            units, original = self.units(granularity), self.read({}, meter=meter)
-            bar = tqdm(range(len(units)), desc=f"{granularity} LC, {name}")
-            columns = [self.read(units.frozen([unit]), frozen, meter).kl(original) for unit in bar]
-            return torch.stack(columns, dim=1).tolist()
+            return meter.scores(self.model, [tokens], granularity)[0].tolist()
 
-        return torch.tensor(self.keep(f"{granularity} LC, {name}, {len(meter.questions)} samples", compute))
+        return torch.tensor(self.keep(f"{granularity} LC of {tokens} tokens, {name}", compute))
 
     @cached_property
     def many(self) -> Meter:
@@ -139,9 +130,9 @@ class Evidence:
         if name == "random":
             return units.order_at_random(int(seed[0]))
         if name == "LC" and units.granularity == "block":
-            return units.order_by(self.lc(granularity="block", meter=self.few).mean(0).tolist())
+            return units.order_by(self.lc("few", self.few, granularity="block").mean(0).tolist())
         if name == "LC":
-            return units.order_by(self.lc()[self.one_a_picture()].mean(0).tolist())
+            return units.order_by(self.lc("many", self.many)[self.one_a_picture()].mean(0).tolist())
         if name == "cosine":
             samples = samples_of(scenes.held_out(MANY[0], 1, seed="calibration"))
             distances = [cosine_distance(self.model, self.inputs([sample])) for sample in samples]
@@ -238,7 +229,7 @@ class Evidence:
 
     def curves(self) -> None:
         """LC of every layer, visual and text, and whether the paper's statements hold."""
-        visual, text = self.lc(), self.lc("text", meter=self.few, frozen=self.text_of)
+        visual, text = self.lc("many", self.many), self.lc("few", self.few, "text")
         rows = []
         for layer in range(visual.shape[1]):
             row = {"layer": layer}
@@ -318,8 +309,8 @@ class Evidence:
             return self.prompt_of(batch) & (torch.rand(batch["labels"].shape, generator=generator) < share)
 
         visual = self.order("LC", units)
-        text = units.order_by(self.lc("text", meter=self.few, frozen=self.text_of).mean(0).tolist())
-        both = units.order_by(self.lc("text and visual", meter=self.few, frozen=self.prompt_of).mean(0).tolist())
+        text = units.order_by(self.lc("few", self.few, "text").mean(0).tolist())
+        both = units.order_by(self.lc("few", self.few, "all").mean(0).tolist())
         kinds = {
             "none": ([], None),
             "text": (text, self.text_of),
@@ -333,7 +324,7 @@ class Evidence:
 
     def calibration(self) -> None:
         """One sample a picture against all, and how far choices with so few agree among themselves."""
-        units, scores, rows = self.units("layer"), self.lc(), []
+        units, scores, rows = self.units("layer"), self.lc("many", self.many), []
         everything = units.order_by(scores.mean(0).tolist())
         draws = [units.order_by(scores[self.one_a_picture(turn)].mean(0).tolist()) for turn in range(MANY[1])]
         for number in NUMBERS:
@@ -352,7 +343,7 @@ class Evidence:
 
         def add(name: str, meter: Meter) -> None:
             right = 100 * self.read({}, meter=meter).right.float().mean().item()
-            scores = self.lc(f"visual, {name}", meter=meter).mean(0).tolist()
+            scores = self.lc(name, meter).mean(0).tolist()
             rows.append({"measured with": name, "accuracy": f"{right:.1f}", **summary(scores)})
 
         for scale in scales:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.calibrate.contribution import Tokens, contributions, divergence
-from shortv_llava.calibrate.samples import Sample, make_inputs
+from shortv_llava.calibrate.contribution import Granularity, Tokens, contributions, divergence
+from shortv_llava.calibrate.samples import Sample
 from shortv_llava.checkpoints.shapes import Question
 from shortv_llava.examples.smol_llava import scenes
-from shortv_llava.examples.smol_llava.packing import Packer, answer_states
+from shortv_llava.examples.smol_llava.packing import IGNORED, Packer, answer_states
 
 Asked = Sequence[tuple[scenes.Scene, Sequence[Question]]]
 
@@ -71,6 +71,16 @@ class Meter:
             logits.append(found[firsts.to(found.device)].float())
         return Reading(torch.tensor(right), torch.cat(logits))
 
+    def scores(self, model, tokens: Sequence[Tokens] = ("visual",), granularity: Granularity = "layer") -> torch.Tensor:
+        """LC scores of the questions, float64 (sets of tokens, N, units)."""
+        found = []
+        for batch, _ in self.batches:
+            learnt = batch["labels"] != IGNORED
+            ends = (~learnt[:, :-1] & learnt[:, 1:]).nonzero(as_tuple=True)  # of the prompts
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            found.append(contributions(model, inputs, tokens, granularity=granularity, read=ends).cpu())
+        return torch.cat(found, dim=1)
+
     def accuracy(self, right: torch.Tensor) -> dict[str, float]:
         """Percent right of each kind of question and, as `all`, of all."""
         kinds = list(dict.fromkeys(question.kind for question in self.questions))
@@ -107,19 +117,6 @@ def samples_of(asked: Asked) -> list[Sample]:
     """The questions as calibration takes them."""
     flat = [(scene, question) for scene, questions in asked for question in questions]
     return [Sample(str(i), scenes.draw(scene), q.text, q.answer) for i, (scene, q) in enumerate(flat)]
-
-
-def layer_scores(
-    model, processor, samples: Sequence[Sample], tokens: Sequence[Tokens] = ("visual",), granularity="layer"
-) -> torch.Tensor:
-    """LC scores, float64 (sets of tokens, samples, units); prompts of about one length go through together."""
-    lengths = [len(sample.question) for sample in samples]
-    order = sorted(range(len(samples)), key=lengths.__getitem__)
-    found = []
-    for start in range(0, len(order), 8):
-        inputs = make_inputs(processor, [samples[index] for index in order[start : start + 8]]).to(model.device)
-        found.append(contributions(model, inputs, tokens, granularity=granularity).cpu())
-    return torch.cat(found, dim=1)[:, torch.tensor(order).argsort()]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import nn
 from shortv_llava.checkpoints.shapes import Question
 from shortv_llava.checkpoints.train import run
 from shortv_llava.examples.smol_llava import scenes
-from shortv_llava.examples.smol_llava.measure import Meter, layer_scores, samples_of, token_norms
+from shortv_llava.examples.smol_llava.measure import Meter, token_norms
 from shortv_llava.examples.smol_llava.model import (
     PATCH,
     attach_adapters,
@@ -40,10 +40,10 @@ from shortv_llava.package import replacing_file
 
 WARMUP = {"steps": 400, "lr": 1e-3, "pictures": 64}
 STAGE1 = {"steps": 50, "lr": 4e-4, "pictures": 3}  # a step
-STAGE2 = {"steps": 200, "lr": 8e-4, "pictures": 2}
-MILESTONES = 50  # steps of stage 2 between two
+STAGE2 = {"steps": 160, "lr": 8e-4, "pictures": 2}
+MILESTONES = 80  # steps of stage 2 between two
 SAVE_EVERY = 10
-FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 2}
+FROZEN = {"steps": 80, "lr": 4e-4, "pictures": 2}
 SCALE = 8  # of the projected tokens' norm, in the run that scales them
 QUESTIONS = 12  # about each picture
 CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
@@ -93,7 +93,7 @@ class Training:
         self.parts = trained_parts(self.model)
         asked = scenes.held_out(40, 8, seed="milestones")
         self.meter = Meter(self.packer, asked)
-        self.samples = samples_of([(scene, questions[:1]) for scene, questions in asked[:LC_SAMPLES]])
+        self.lc_meter = Meter(self.packer, [(scene, questions[:1]) for scene, questions in asked[:LC_SAMPLES]])
         self.pictures = [scene for scene, _ in asked]
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class Training:
             "step": step,
             "loss": loss,
             "accuracy": self.meter.accuracy(self.meter.read(self.model).right),
-            "lc": layer_scores(self.model, self.processor, self.samples)[0].mean(0).tolist(),
+            "lc": self.lc_meter.scores(self.model)[0].mean(0).tolist(),
             "norms": token_norms(self.model, self.packer, self.pictures),
         }
         with self.log.open("a") as log:
