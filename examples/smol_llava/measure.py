@@ -50,7 +50,7 @@ class Meter:
         self.batches = []
         for start in range(0, len(asked), rows):
             pictures, questions = zip(*asked[start : start + rows])
-            lengths = [len(packer.encode(f"{q.answer}{packer.end}")) for several in questions for q in several]
+            lengths = [len(packer.encode(packer.answer(q))) for several in questions for q in several]
             self.batches.append((packer.batch([packer.row(several) for several in questions], pictures), lengths))
 
     @torch.no_grad()

@@ -61,11 +61,15 @@ class Packer:
         for number, question in enumerate(questions):
             segment = 0 if conversation else number + 1
             end = add(self.encode(f"{before}{question.text}{self.closing}"), start, segment)
-            answer = question.answer + (self.end if question.kind != UNFINISHED else "")
-            end = add(self.encode(answer), end, segment, learn=True)
+            end = add(self.encode(self.answer(question)), end, segment, learn=True)
             if conversation:
                 start, before = end, self.next_turn.removeprefix(self.end)
         return row
+
+    def answer(self, question: Question) -> str:
+        """As it is learnt. One about a picture begins with a space, like the words that its tokens are aligned with."""
+        space = " " if question.kind in (*scenes.KINDS, "caption") else ""
+        return space + question.answer + (self.end if question.kind != UNFINISHED else "")
 
     def batch(self, rows: Sequence[Row], pictures: Sequence[scenes.Scene]) -> dict[str, torch.Tensor]:
         """Model inputs and labels.

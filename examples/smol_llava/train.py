@@ -1,14 +1,14 @@
-"""Train the LLaVA: vision warm-up, projector and tower through the frozen language model, then LoRA on it.
+"""Train the LLaVA: tower and projector aligned with the word embeddings, then LoRA on the language model.
 
-0. Warm-up, without the language model: the projected token of a patch is to be the mean of the word embeddings for
-   what the patch shows. This gives tokens of about a word's norm.
-1. Stage 1: vision tower and projector through the frozen language model.
-2. Stage 2: projector and LoRA on the language model, with text-only turns that the model itself answered before, so
-   that it stays a language model.
+1. Stage 1, alignment, without the language model: the projected token of a patch is to be the sum of the word
+   embeddings for what the patch shows, with about a word's norm. From then on tower and projector stay.
+2. Stage 2: LoRA on the language model, by its answers' loss, first on pictures of one object, then of more and more,
+   and with text-only turns that the model itself answered before, so that it stays a language model.
 
-Beside it, for what makes visual layers redundant: `frozen` goes on with stage 1 instead of stage 2, and `scaled` is
-stage 1 with projected tokens of several times the norm. An interrupted run continues where it stopped: each step draws
-its pictures from its own number. At milestones Layer Contribution and accuracy are measured and written to a log.
+Beside it, for what makes visual layers redundant: `frozen` trains tower and projector on, through the frozen language
+model, for a short and a longer time; `scaled` does so with projected tokens of several times the norm. An interrupted
+run continues where it stopped: each step draws its pictures from its own number. At milestones Layer Contribution and
+accuracy are measured and written to a log.
 """
 
 import json
@@ -38,13 +38,14 @@ from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
 from shortv_llava.package import replacing_file
 
-WARMUP = {"steps": 400, "lr": 1e-3, "pictures": 64}
-STAGE1 = {"steps": 50, "lr": 4e-4, "pictures": 3}  # a step
-STAGE2 = {"steps": 160, "lr": 8e-4, "pictures": 2}
-MILESTONES = 80  # steps of stage 2 between two
-SAVE_EVERY = 10
-FROZEN = {"steps": 80, "lr": 4e-4, "pictures": 2}
+ALIGNMENT = {"steps": 400, "lr": 1e-3, "pictures": 64}  # a step
+STAGE2 = {"steps": 120, "lr": 1e-3, "pictures": 3}
+ALONE, MORE = 40, 12  # steps of stage 2 with one object a picture; and steps before one more is allowed
+FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 3}
+LONGER = {"steps": 80, "lr": 4e-4, "pictures": 2}
 SCALE = 8  # of the projected tokens' norm, in the run that scales them
+MILESTONES = 40  # steps of stage 2 between two
+SAVE_EVERY = 10
 QUESTIONS = 12  # about each picture
 CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
 CAPTIONS = 0.3  # of the rows have one
@@ -120,32 +121,31 @@ class Training:
 
     def run_all(self, output: Path) -> None:
         """Train what ships, write it and the log to `output`, then make the runs for comparison."""
-        self.warm_up()
-        self.milestone("warm-up", WARMUP["steps"], None)
-        self.through_language_model("stage 1", **STAGE1)
+        self.align()
+        self.milestone("alignment", ALIGNMENT["steps"], None)
         self.stage_2(output)
-        self.restore("stage 1")
         self.through_language_model("frozen", **FROZEN)
-        self.restore("warm-up")
+        self.through_language_model("frozen, longer", **LONGER)
+        self.restore("alignment")
         with torch.no_grad():
             for weight in self.model.model.multi_modal_projector.linear_2.parameters():
                 weight.mul_(SCALE)
-        self.through_language_model("scaled", **STAGE1)
+        self.through_language_model("scaled", **FROZEN)
         shutil.copyfile(self.log, output / self.log.name)
 
     def restore(self, name: str) -> None:
         """Go back to the end of a run of tower and projector."""
         self.parts.load_state_dict(torch.load(self.work / f"{name}.pt", weights_only=True)["modules"])
 
-    def warm_up(self) -> None:
+    def align(self) -> None:
         encode = partial(self.processor.tokenizer.encode, add_special_tokens=False)
         with torch.no_grad():
             table = self.model.get_input_embeddings().weight
             embeddings = {word: table[encode(f" {word}")[0]].float().cpu() for word in (*WORDS, NOTHING)}
 
         def loss_of(step: int) -> torch.Tensor:
-            rng = random.Random(f"warm-up/{step}")
-            pictures = [scenes.make_scene(rng) for _ in range(WARMUP["pictures"])]
+            rng = random.Random(f"alignment/{step}")
+            pictures = [scenes.make_scene(rng) for _ in range(ALIGNMENT["pictures"])]
             pixels = self.packer.pixels(pictures).to(self.model.device)
             states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
             tokens = self.model.model.multi_modal_projector(states[self.model.config.vision_feature_layer][:, 1:])
@@ -154,7 +154,7 @@ class Training:
             misses = (tokens.float() - targets).square().sum(-1) / targets.square().sum(-1)
             return misses[shown].mean() + 0.2 * misses[~shown].mean()
 
-        run("warm-up", self.parts, loss_of, self.work, WARMUP["steps"], WARMUP["lr"])
+        run("alignment", self.parts, loss_of, self.work, ALIGNMENT["steps"], ALIGNMENT["lr"])
 
     def through_language_model(self, name: str, steps: int, lr: float, pictures: int) -> None:
         """Tower and projector, by the loss of the language model as it is."""
@@ -169,20 +169,28 @@ class Training:
         adapters = attach_adapters(self.model).to(self.model.device)
         parts = trained_parts(self.model, adapters)
 
+        def loss_of(step: int) -> torch.Tensor:
+            most = 1 if step < ALONE else min(scenes.MAX_OBJECTS, 2 + (step - ALONE) // MORE)
+            return self.loss("stage 2", STAGE2["pictures"], step, most, texts=True)
+
         def saved(step: int, loss: float) -> None:
             if step % MILESTONES == 0:
                 self.milestone("stage 2", step, loss)
             save_trained(parts, output)
             shutil.copyfile(self.log, output / self.log.name)
 
-        loss_of = partial(self.loss, "stage 2", STAGE2["pictures"], texts=True)
-        run("stage 2", parts, loss_of, self.work, STAGE2["steps"], STAGE2["lr"], SAVE_EVERY, saved)
+        self.parts.requires_grad_(False)
+        trained = nn.ModuleDict({"adapters": adapters})
+        run("stage 2", trained, loss_of, self.work, STAGE2["steps"], STAGE2["lr"], SAVE_EVERY, saved)
         detach_adapters(self.model, adapters, merge=False)
+        self.parts.requires_grad_(True)
 
-    def loss(self, name: str, number: int, step: int, texts: bool = False) -> torch.Tensor:
-        """Cross-entropy of the answers in a step's conversations about a `number` of pictures."""
+    def loss(
+        self, name: str, number: int, step: int, most: int = scenes.MAX_OBJECTS, texts: bool = False
+    ) -> torch.Tensor:
+        """Cross-entropy of the answers in a step's conversations about a `number` of pictures of `most` objects."""
         rng = random.Random(f"{name}/{step}")
-        pictures = [scenes.make_scene(rng) for _ in range(number)]
+        pictures = [scenes.make_scene(rng, rng.randint(1, most)) for _ in range(number)]
         rows = []
         for scene in pictures:
             questions = scenes.ask_several(scene, QUESTIONS, rng)
