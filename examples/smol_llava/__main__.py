@@ -82,17 +82,28 @@ def curves(folder: Folder, dtype: Dtype = "bfloat16", work: Work = WORK) -> None
 
 
 @app.command()
-def layers(folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK) -> None:
+def layers(
+    folder: Folder,
+    pictures: Pictures = 25,
+    dtype: Dtype = "bfloat16",
+    work: Work = WORK,
+    strategy: Annotated[list[str], typer.Option(help="Beside random layers; several.")] = ["LC", "greedy", "cosine"],  # noqa: B006
+) -> None:
     """Numbers of layers frozen, chosen by LC, greedily, by cosine and at random."""
-    evidence(folder, work, dtype, pictures).layers()
+    evidence(folder, work, dtype, pictures).layers(strategy)
 
 
 @app.command()
 def blocks(
-    folder: Folder, pictures: Pictures = 25, dtype: Dtype = "bfloat16", work: Work = WORK, pairs: int = 7
+    folder: Folder,
+    pictures: Pictures = 25,
+    dtype: Dtype = "bfloat16",
+    work: Work = WORK,
+    strategy: Annotated[list[str], typer.Option(help="Several.")] = ["LC", "greedy"],  # noqa: B006
+    pairs: Annotated[int, typer.Option(help="Prefills timed of each model.")] = 7,
 ) -> None:
     """Whole layers against blocks at equal FLOPs."""
-    evidence(folder, work, dtype, pictures).blocks(pairs)
+    evidence(folder, work, dtype, pictures).blocks(strategy, pairs)
 
 
 @app.command()

@@ -248,13 +248,13 @@ class Evidence:
             f"{2 * third} to {len(means) - 1}: {means[2 * third :].mean():.4f}; last: {means[-1].item()}"
         )
 
-    def layers(self) -> None:
-        """Numbers of layers, strategies."""
+    def layers(self, strategies: Sequence[str]) -> None:
+        """Numbers of layers, strategies and random layers."""
         units, rows = self.units("layer"), []
         everything = list(range(len(units)))
         rows.append({"N": 0, "layers": "", "FLOPs ratio": "1.00", **self.row({})})
         for number in NUMBERS:
-            for strategy in ("LC", "greedy", "cosine"):
+            for strategy in strategies:
                 chosen = self.order(strategy, units)[:number]
                 ratio = f"{units.ratio(chosen):.2f}"
                 rows.append({"N": number, "layers": strategy, "FLOPs ratio": ratio, **self.row(units.frozen(chosen))})
@@ -265,14 +265,14 @@ class Evidence:
         rows.append({"N": len(units), "layers": "all", "FLOPs ratio": ratio, **self.row(units.frozen(everything))})
         print_table(rows)
 
-    def blocks(self, pairs: int) -> None:
+    def blocks(self, strategies: Sequence[str], pairs: int) -> None:
         """Whole layers against blocks at equal FLOPs, with prefill times in this dtype."""
         rows, stock = [], LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
         inputs = self.inputs(samples_of(scenes.held_out(8, 1, seed="prefill")))
         for ratio in RATIOS:
             for granularity in ("layer", "block"):
                 units = self.units(granularity)
-                for strategy in ("LC", "greedy"):
+                for strategy in strategies:
                     order = self.order(strategy, units)
                     lists = units.frozen(order[: units.reaching(order, ratio)])
                     found = self.row(lists)
