@@ -53,11 +53,16 @@ def contributions(
     direction: Direction = "release",
     granularity: Granularity = "layer",
     budget: RowBudget | None = None,
+    read: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """LC scores of every row of the batch for several sets of tokens, which share the original's pass.
 
+    Args:
+        read: rows (N,) and positions (N,) where next-token distributions are compared; by default every row's last
+            token, N = B.
+
     Returns:
-        float64 of shape `(len(tokens), B, num_layers)`, or `(len(tokens), B, 2 * num_layers)` with granularity `block`:
+        float64 of shape `(len(tokens), N, num_layers)`, or `(len(tokens), N, 2 * num_layers)` with granularity `block`:
         the attention blocks of all layers, then the FFN blocks.
     """
     decoder = model.model.language_model
@@ -66,12 +71,13 @@ def contributions(
         stack, calls = _layer_calls(model, inputs)  # (variants * B, S, h), the original first
         batch = len(stack)
         sets = [_token_set(model, inputs, kind) for kind in tokens]
-        last = _last_positions(inputs, stack)
-        unread = torch.ones_like(sets[0]).scatter(1, last[:, None].to(sets[0].device), False)
+        rows, positions = read or (torch.arange(batch), _last_positions(inputs, stack))
+        unread = torch.ones_like(sets[0])
+        unread[rows.to(unread.device), positions.to(unread.device)] = False
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
             before = stack[:batch]
             with _weights_in_place(layer):
-                # Of the last layer's outputs only those of the last positions are read.
+                # Of the last layer's outputs only some are read.
                 final = unread if index == len(decoder.layers) - 1 else None
                 outputs = _run(layer, stack, call, batch, budget, final)
                 variants = []
@@ -85,13 +91,12 @@ def contributions(
                     mask = frozen.unsqueeze(-1).to(outputs.device)
                     variants += [torch.where(mask, states, outputs[:batch]) for states in kept]
             stack = torch.cat([outputs, *variants])
-    rows = torch.arange(batch, device=stack.device)
-    states = stack.unflatten(0, (-1, batch))[:, rows, last.to(stack.device)]
+    states = stack.unflatten(0, (-1, batch))[:, rows.to(stack.device), positions.to(stack.device)]
     logits = model.lm_head(decoder.norm(states))
-    scores = divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, B)
+    scores = divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, N)
     # Equal states mean equal distributions, however a matrix product rounds their rows.
     scores = scores.masked_fill((states[1:] == states[0]).all(dim=-1), 0)
-    scores = scores.view(len(decoder.layers), len(sets), -1, batch)
+    scores = scores.view(len(decoder.layers), len(sets), -1, len(rows))
     return scores.permute(1, 3, 2, 0).flatten(2)
 
 

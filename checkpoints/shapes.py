@@ -7,10 +7,10 @@ Everything is drawn from the `random.Random` passed in, so a seed names a pictur
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image, ImageDraw
@@ -83,7 +83,7 @@ def make_scene(rng: random.Random) -> Scene:
     return Scene(tuple(objects), (gray, gray, gray))
 
 
-def _outline(item: ColoredShape) -> list[tuple[float, float]]:
+def outline(item: ColoredShape) -> list[tuple[float, float]]:
     """Corners, pixels, of a shape other than a circle."""
     (x, y), radius = item.center, item.radius
 
@@ -119,11 +119,11 @@ def draw(scene: Scene) -> Image.Image:
             box = [(x - radius) * scale, (y - radius) * scale, (x + radius) * scale, (y + radius) * scale]
             canvas.ellipse(box, fill=COLORS[item.color])
         else:
-            canvas.polygon([(x * scale, y * scale) for x, y in _outline(item)], fill=COLORS[item.color])
+            canvas.polygon([(x * scale, y * scale) for x, y in outline(item)], fill=COLORS[item.color])
     return image.reduce(scale)
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
@@ -133,7 +133,7 @@ def _name(item: ColoredShape, about: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    names = [f"{_article(item.name)} {item.name}" for item in scene.objects]
+    names = [f"{article(item.name)} {item.name}" for item in scene.objects]
     listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return listed.capitalize() + "."
 
@@ -155,7 +155,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
             if not absent:
                 return None
             name = rng.choice(absent)
-        return Question(kind, f"Is there {_article(name)} {name}?", "yes" if name in present else "no")
+        return Question(kind, f"Is there {article(name)} {name}?", "yes" if name in present else "no")
     if kind == "color":
         return Question(kind, f"What color is the {item.shape}?", item.color) if scene.count(item.shape) == 1 else None
     if kind == "shape":
@@ -207,8 +207,12 @@ def held_out(number: int, seed: str = "held-out") -> list[tuple[Scene, Question]
     return found
 
 
-def write_questions(folder: Path, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> None:
-    """Write scenes and questions about them into a folder: LLaVA's `questions.jsonl`, with answers, and `images/`."""
+def write_questions(folder: Path, asked: Sequence[tuple[Any, Sequence[Question]]], draw: Callable = draw) -> None:
+    """Write scenes and questions about them into a folder: LLaVA's `questions.jsonl`, with answers, and `images/`.
+
+    Args:
+        draw: makes the picture of a scene.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (scene, questions) in enumerate(asked):

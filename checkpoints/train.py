@@ -219,8 +219,15 @@ class Conversations:
         return batch | {"pixel_values": pixels(scenes, self.processor.image_processor)}
 
 
-def run(name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: float) -> None:
-    """Train `modules` with `loss_of(step) -> loss` in bfloat16, from the last state in `work` on."""
+def run(
+    name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: float, save_every: int = 200, saved=None
+) -> None:
+    """Train `modules` with `loss_of(step) -> loss` in bfloat16, from the last state in `work` on.
+
+    Args:
+        save_every: steps between two states.
+        saved: called with the number of steps done and the running mean of the loss, before a state is written.
+    """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
     parts = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
@@ -230,9 +237,9 @@ def run(name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: 
         start = state.pop("step")
         for key, part in parts.items():
             part.load_state_dict(state[key])
-    average = None
+    average, device = None, next(modules.parameters()).device.type
     for step in (progress := tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=30)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -241,7 +248,9 @@ def run(name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: 
         schedule.step()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            if saved is not None:
+                saved(step + 1, average)
             unfinished = state_file.with_suffix(".tmp")
             torch.save({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()}, unfinished)
             os.replace(unfinished, state_file)

@@ -1,0 +1,388 @@
+"""The tables of docs/evidence.md: what ShortV does to a LLaVA on a pretrained language model.
+
+Choices are made on calibration pictures and measured on held-out ones, neither trained on. Uncertainties are standard
+errors, resampling pictures, since questions about one picture are not independent.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from shortv_llava.benchmarks.prefill import compare
+from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
+from shortv_llava.calibrate.samples import make_inputs
+from shortv_llava.calibrate.selection import Units
+from shortv_llava.examples.smol_llava import scenes
+from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
+from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
+from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
+from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
+from shortv_llava.package import LAYER_LISTS, load_model, load_processor, replacing_file
+
+MANY = 40, 5  # pictures, and questions about each: samples for LC, of which one a picture chooses
+FEW = 5, 8  # likewise, where every sample is dear: blocks, text, greedy choices
+CANDIDATES = 3  # of lowest LC per operation saved, among which a greedy step looks
+NUMBERS = (6, 12, 18, 24)  # of layers frozen, beside none and all
+RATIOS = (0.85, 0.7, 0.55, 0.45)
+SEEDS = 5
+TABLE7_LAYERS = 18  # of 30: the default fraction
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    table = Table(*rows[0], box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=200).print(table)
+
+
+class Evidence:
+    """The model, the pictures, and what several tables need, which is kept in the folder `work`.
+
+    Args:
+        folder: the built checkpoint.
+        pictures, questions: held out, and about each, to measure on.
+    """
+
+    def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10):
+        self.folder, self.dtype = folder, getattr(torch, dtype)
+        self.kept = work / f"kept-{dtype}.json"
+        work.mkdir(parents=True, exist_ok=True)
+        self.processor = load_processor(folder)
+        self.model = load_model(folder, dtype=self.dtype).eval()
+        self.packer = Packer(self.processor)
+        self.size = pictures, questions
+
+    @cached_property
+    def meter(self) -> Meter:
+        return Meter(self.packer, scenes.held_out(*self.size))
+
+    @cached_property
+    def dense(self) -> Reading:
+        return self.read({})
+
+    def units(self, granularity: str) -> Units:
+        """Units whose operations are counted for this set's own prompts."""
+        units = Units(self.model.config, granularity)
+        units.tokens = self.prompt_tokens
+        return units
+
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Text and visual tokens of a prompt, mean of some."""
+        asked = [question for _, questions in scenes.held_out(20, 9, seed="calibration") for question in questions]
+        rows = [self.packer.row([question]) for question in asked]
+        mean = statistics.mean(row.labels.count(IGNORED) for row in rows)
+        return round(mean) - VISUAL_TOKENS, VISUAL_TOKENS
+
+    def inputs(self, samples):
+        inputs = make_inputs(self.processor, samples)
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
+
+    def keep(self, name: str, compute: Callable):
+        """A result from the folder, else computed and put there."""
+        kept = json.loads(self.kept.read_text()) if self.kept.exists() else {}
+        if name not in kept:
+            value = compute()
+            kept = json.loads(self.kept.read_text()) if self.kept.exists() else {}
+            kept[name] = value
+            with replacing_file(self.kept) as unfinished:
+                unfinished.write_text(json.dumps(kept))
+        return kept[name]
+
+    def lc(self, name: str, meter: Meter, tokens: Tokens = "visual", granularity: Granularity = "layer"):
+        """LC scores (samples, units) of a meter's questions, kept under a name for the meter."""
+
+        def compute() -> list[list[float]]:
+            return meter.scores(self.model, [tokens], granularity)[0].tolist()
+
+        return torch.tensor(self.keep(f"{granularity} LC of {tokens} tokens, {name}", compute))
+
+    @cached_property
+    def many(self) -> Meter:
+        return Meter(self.packer, scenes.held_out(*MANY, seed="calibration"))
+
+    @cached_property
+    def few(self) -> Meter:
+        return Meter(self.packer, scenes.held_out(*FEW, seed="calibration, few"))
+
+    def one_a_picture(self, turn: int = 0) -> torch.Tensor:
+        """Indices of as many of MANY's samples as pictures: one question about each."""
+        pictures = self.many.pictures
+        return torch.tensor([(pictures == number).nonzero()[turn].item() for number in range(MANY[0])])
+
+    def read(self, lists: dict[str, list[int]], frozen=None, meter: Meter | None = None) -> Reading:
+        """Answers with layers frozen, lists as in the configuration; of the tokens `frozen(batch)`, or the visual."""
+        self.model.set_replaced_layers(*(lists.get(name, []) for name in LAYER_LISTS))
+        return (meter or self.meter).read(self.model, frozen)
+
+    def order(self, strategy: str, units: Units) -> list[int]:
+        """All units in order of replacement."""
+        name, *seed = strategy.split()
+        if name == "random":
+            return units.order_at_random(int(seed[0]))
+        if name == "LC" and units.granularity == "block":
+            return units.order_by(self.lc("few", self.few, granularity="block").mean(0).tolist())
+        if name == "LC":
+            return units.order_by(self.lc("many", self.many)[self.one_a_picture()].mean(0).tolist())
+        if name == "cosine":
+            samples = samples_of(scenes.held_out(MANY[0], 1, seed="calibration"))
+            distances = [cosine_distance(self.model, self.inputs([sample])) for sample in samples]
+            return units.order_by(torch.stack(distances).mean(0).tolist())
+        return self.keep(f"greedy {units.granularity}s", lambda: self.greedy(units))
+
+    def greedy(self, units: Units) -> list[int]:
+        """Greedily by added KL per operation saved, among the CANDIDATES of lowest LC per operation saved."""
+        original = self.read({}, meter=self.few)
+        left, order, reached = self.order("LC", units), [], 0.0
+        for _ in tqdm(range(len(units)), desc=f"greedy, {units.granularity}s"):
+            found = {
+                unit: self.read(units.frozen([*order, unit]), meter=self.few).kl(original).mean().item()
+                for unit in left[:CANDIDATES]
+            }
+            best = min(found, key=lambda unit: (found[unit] - reached) / units.saved(unit))
+            left.remove(best)
+            order.append(best)
+            reached = found[best]
+        return order
+
+    def row(self, lists: dict[str, list[int]], frozen=None) -> dict[str, str]:
+        return self.describe([self.read(lists, frozen)])
+
+    def describe(self, readings: Sequence[Reading]) -> dict[str, str]:
+        """KL, agreement and accuracy of a reading, or the means of several with their standard deviation."""
+        kls = [reading.kl(self.dense).mean().item() for reading in readings]
+        agreed = [100 * reading.agrees(self.dense).float().mean().item() for reading in readings]
+        right = [100 * reading.right.float().mean().item() for reading in readings]
+        error = statistics.stdev(right) if len(right) > 1 else 100 * self.meter.error(readings[0].right)
+        change = 100 * self.meter.error(readings[0].right.float() - self.dense.right.float())
+        found = {"KL": f"{statistics.mean(kls):.3f}", "agreement": f"{statistics.mean(agreed):.1f}"}
+        found["accuracy"] = f"{statistics.mean(right):.1f} ± {error:.1f}"
+        lost = statistics.mean(right) - 100 * self.dense.right.float().mean().item()
+        found["change"] = f"{lost:+.1f}" + (f" ± {change:.1f}" if len(right) == 1 else "")
+        return found
+
+    # Each prints a table.
+
+    def accuracy(self) -> None:
+        """By question kind, dense."""
+        right, chance = self.dense.right, {}
+        for question in self.meter.questions:
+            chance.setdefault(question.kind, []).append(question.answer)
+        rows = []
+        for kind, value in self.meter.accuracy(right).items():
+            answers = chance.get(kind)
+            number = len(answers or self.meter.questions)
+            often = f"{100 * max(map(answers.count, set(answers))) / number:.1f}" if answers else ""
+            share = value / 100
+            error = self.meter.error(right) if kind == "all" else (share * (1 - share) / number) ** 0.5
+            rows.append(
+                {
+                    "kind": kind,
+                    "questions": number,
+                    "right": f"{value:.1f} ± {100 * error:.1f}",
+                    "commonest answer": often,
+                }
+            )
+        print_table(rows)
+
+    def text(self, original) -> None:
+        """Text-only prompts never trained on: this model beside the language model as it came."""
+        encode, rows = self.processor.tokenizer, []
+        agreed, kls = [], []
+        for prompt in HELD_OUT_PROMPTS:
+            text = self.processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            inputs = encode(text, return_tensors="pt")
+            with torch.no_grad():
+                said = original.generate(**inputs, max_new_tokens=48, do_sample=False)
+                answer = self.model.generate(**inputs, max_new_tokens=48, do_sample=False)
+                before, after = (
+                    m(input_ids=said).logits[0, inputs["input_ids"].shape[1] - 1 : -1].double().log_softmax(-1)
+                    for m in (original, self.model)
+                )
+            after = after[:, : before.shape[1]]  # without the image token
+            agreed += (before.argmax(-1) == after.argmax(-1)).tolist()
+            kls += (before.exp() * (before - after)).sum(-1).tolist()
+            start = inputs["input_ids"].shape[1]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "as it came": " ".join(encode.decode(said[0, start:], skip_special_tokens=True).split())[:60],
+                    "in this LLaVA": " ".join(encode.decode(answer[0, start:], skip_special_tokens=True).split())[:60],
+                }
+            )
+        print_table(rows)
+        share = statistics.mean(agreed)
+        error = (share * (1 - share) / len(agreed)) ** 0.5
+        print(
+            f"\nThe same likeliest token at {100 * share:.1f}% ± {100 * error:.1f} of {len(agreed)} places in the "
+            f"language model's own answers to {len(HELD_OUT_PROMPTS)} prompts; KL {statistics.mean(kls):.3f}."
+        )
+
+    def curves(self) -> None:
+        """LC of every layer, visual and text, and whether the paper's statements hold."""
+        visual, text = self.lc("many", self.many), self.lc("few", self.few, "text")
+        rows = []
+        for layer in range(visual.shape[1]):
+            row = {"layer": layer}
+            for name, scores in (("visual LC", visual), ("text LC", text)):
+                error = scores[:, layer].std().item() / len(scores) ** 0.5
+                row[name] = f"{scores[:, layer].mean().item():.4f} ± {error:.4f}"
+            rows.append(row)
+        print_table(rows)
+        means, texts = visual.mean(0), text.mean(0)
+        above = [layer for layer in range(len(means)) if means[layer] >= texts[layer]]
+        third = len(means) // 3
+        print(f"\nvisual not below text in layers: {above or 'none'}")
+        print(
+            f"mean visual LC of layer 0: {means[0]:.4f}; layers 1 to {third - 1}: {means[1:third].mean():.4f}; "
+            f"{third} to {2 * third - 1}: {means[third : 2 * third].mean():.4f}; "
+            f"{2 * third} to {len(means) - 1}: {means[2 * third :].mean():.4f}; last: {means[-1].item()}"
+        )
+
+    def layers(self, strategies: Sequence[str]) -> None:
+        """Numbers of layers, strategies and random layers."""
+        units, rows = self.units("layer"), []
+        everything = list(range(len(units)))
+        rows.append({"N": 0, "layers": "", "FLOPs ratio": "1.00", **self.row({})})
+        for number in NUMBERS:
+            for strategy in strategies:
+                chosen = self.order(strategy, units)[:number]
+                ratio = f"{units.ratio(chosen):.2f}"
+                rows.append({"N": number, "layers": strategy, "FLOPs ratio": ratio, **self.row(units.frozen(chosen))})
+            orders = [self.order(f"random {seed}", units)[:number] for seed in range(SEEDS)]
+            found = self.describe([self.read(units.frozen(chosen)) for chosen in orders])
+            rows.append({"N": number, "layers": f"random, {SEEDS} seeds", "FLOPs ratio": ratio, **found})
+        ratio = f"{units.ratio(everything):.2f}"
+        rows.append({"N": len(units), "layers": "all", "FLOPs ratio": ratio, **self.row(units.frozen(everything))})
+        print_table(rows)
+
+    def blocks(self, strategies: Sequence[str], pairs: int) -> None:
+        """Whole layers against blocks at equal FLOPs, with prefill times in this dtype."""
+        rows, stock = [], LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
+        inputs = self.inputs(samples_of(scenes.held_out(8, 1, seed="prefill")))
+        for ratio in RATIOS:
+            for granularity in ("layer", "block"):
+                units = self.units(granularity)
+                for strategy in strategies:
+                    order = self.order(strategy, units)
+                    lists = units.frozen(order[: units.reaching(order, ratio)])
+                    found = self.row(lists)
+                    speed = compare(stock, self.model, inputs, pairs)
+                    rows.append(
+                        {
+                            "ratio wanted": ratio,
+                            "units": f"{granularity}s, {strategy}",
+                            "frozen (layers, attention, FFN)": " ".join(str(len(layers)) for layers in lists.values()),
+                            "FLOPs ratio": f"{units.ratio(order[: units.reaching(order, ratio)]):.2f}",
+                            **found,
+                            "prefill, s": f"{speed.seconds:.3f}",
+                            "speed-up": f"{speed.speed_up:.2f}x",
+                        }
+                    )
+        print_table(rows)
+
+    def prompt_of(self, batch) -> torch.Tensor:
+        """(B, S), all tokens of prompts."""
+        return batch["labels"] == IGNORED
+
+    def text_of(self, batch) -> torch.Tensor:
+        """(B, S), the text tokens of prompts."""
+        return self.prompt_of(batch) & (batch["input_ids"] != self.model.config.image_token_id)
+
+    def tokens(self) -> None:
+        """Freezing other tokens, in the layers where it costs them least."""
+        units, rows = self.units("layer"), []
+        generator = torch.Generator().manual_seed(0)
+        text_tokens, visual_tokens = units.tokens
+
+        def as_many(batch) -> torch.Tensor:
+            share = visual_tokens / (text_tokens + visual_tokens)
+            return self.prompt_of(batch) & (torch.rand(batch["labels"].shape, generator=generator) < share)
+
+        visual = self.order("LC", units)
+        text = units.order_by(self.lc("few", self.few, "text").mean(0).tolist())
+        both = units.order_by(self.lc("few", self.few, "all").mean(0).tolist())
+        kinds = {
+            "none": ([], None),
+            "text": (text, self.text_of),
+            "text and visual": (both, self.prompt_of),
+            "as many random": (visual, as_many),
+            "visual": (visual, None),
+        }
+        for name, (order, frozen) in kinds.items():
+            rows.append({"frozen": name, **self.row(units.frozen(order[:TABLE7_LAYERS]), frozen)})
+        print_table(rows)
+
+    def calibration(self) -> None:
+        """One sample a picture against all, and how far choices with so few agree among themselves."""
+        units, scores, rows = self.units("layer"), self.lc("many", self.many), []
+        everything = units.order_by(scores.mean(0).tolist())
+        draws = [units.order_by(scores[self.one_a_picture(turn)].mean(0).tolist()) for turn in range(MANY[1])]
+        for number in NUMBERS:
+            same = [len({*order[:number]} & {*everything[:number]}) for order in draws]
+            common = f"{statistics.mean(same):.1f} ({min(same)} to {max(same)})"
+            for name, order in ((MANY[0], draws[0]), (len(scores), everything)):
+                found = self.row(units.frozen(order[:number]))
+                rows.append({"N": number, "samples": name, **found, f"in common, {len(draws)} draws": common})
+        print_table(rows)
+        for name, order in ((MANY[0], draws[0]), (len(scores), everything)):
+            print(f"\n{name} samples: {order}")
+
+    def ingredients(self, scales: Sequence[int]) -> None:
+        """What needs no training: the norm of the projected tokens, the richness of the pictures."""
+        rows, projector = [], self.model.model.multi_modal_projector.linear_2
+
+        def add(name: str, meter: Meter) -> None:
+            right = 100 * self.read({}, meter=meter).right.float().mean().item()
+            scores = self.lc(name, meter).mean(0).tolist()
+            rows.append({"measured with": name, "accuracy": f"{right:.1f}", **summary(scores)})
+
+        for scale in scales:
+            with torch.no_grad():
+                for weight in projector.parameters():
+                    weight.mul_(scale)
+            add(f"tokens' norm x {scale}", self.few)
+            with torch.no_grad():
+                for weight in projector.parameters():
+                    weight.div_(scale)
+        for objects in (2, scenes.MAX_OBJECTS):
+            asked = scenes.held_out(*FEW, f"calibration, {objects} objects", objects)
+            add(f"{objects} objects a picture", Meter(self.packer, asked))
+        print_table(rows)
+
+
+def summary(lc: Sequence[float]) -> dict[str, str]:
+    """A curve in six numbers: means over fifths of the layers and how many are below a hundredth."""
+    fifth = max(1, len(lc) // 5)
+    means = {
+        f"LC {start}-{start + fifth - 1}": f"{statistics.mean(lc[start : start + fifth]):.3f}"
+        for start in range(0, len(lc), fifth)
+    }
+    return means | {"layers below 0.01": str(sum(score < 0.01 for score in lc))}
+
+
+def training(log: Path) -> None:
+    """LC and accuracy along the training, from the log that it wrote."""
+    rows = []
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        norms = entry["norms"]
+        rows.append(
+            {
+                "after": f"{entry['run']}, {entry['step']} steps",
+                "loss": "" if entry["loss"] is None else f"{entry['loss']:.2f}",
+                "accuracy": f"{entry['accuracy']['all']:.1f}",
+                "norm / words'": f"{norms['visual'] / norms['words']:.1f}",
+                **summary(entry["lc"]),
+            }
+        )
+    print_table(rows)

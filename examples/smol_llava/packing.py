@@ -1,0 +1,107 @@
+"""Questions about one picture packed into one row, in which they share the prompt's beginning and see no other.
+
+So a picture goes through the language model once for all questions about it, in training and in measuring.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from shortv_llava.checkpoints.shapes import Question
+from shortv_llava.examples.smol_llava import scenes
+from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
+
+IGNORED = -100  # label of what is not learnt
+UNFINISHED = "unfinished"  # kind of question whose answer is only the beginning of one: its end is not learnt
+
+
+class Row(NamedTuple):
+    """One list item a token."""
+
+    input_ids: list[int]
+    labels: list[int]  # the answers and their end; IGNORED elsewhere
+    position_ids: list[int]
+    segments: list[int]  # 0 is seen by all that follows, any other only by its own
+
+
+class Packer:
+    """Makes rows of conversations in the chat template's words, and batches of rows."""
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.encode = lru_cache(maxsize=None)(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
+        mark = "\N{ASTERISM}"
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": mark}]}]
+        prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+        before, self.closing = prompt.split(mark)
+        self.opening, self.after_image = before.split(processor.image_token)
+        answer = [{"role": "assistant", "content": ""}, turn[0]]
+        again = processor.apply_chat_template([*turn, *answer]).split(mark)[1]
+        self.next_turn = again.removeprefix(self.closing).removesuffix(processor.image_token + self.after_image)
+        self.end = self.tokenizer.eos_token
+        assert self.next_turn.startswith(self.end)
+
+    def row(self, questions: Sequence[Question], picture: bool = True, conversation: bool = False) -> Row:
+        """Questions and answers about one picture, or without one, each for itself or as one `conversation`."""
+        row = Row([], [], [], [])
+
+        def add(tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
+            row.input_ids.extend(tokens)
+            row.labels.extend(tokens if learn else [IGNORED] * len(tokens))
+            row.position_ids.extend(range(position, position + len(tokens)))
+            row.segments.extend([segment] * len(tokens))
+            return position + len(tokens)
+
+        start = add(self.encode(self.opening), 0, 0)
+        if picture:
+            start = add([self.processor.image_token_id] * VISUAL_TOKENS, start, 0)
+        before = self.after_image if picture else ""
+        for number, question in enumerate(questions):
+            segment = 0 if conversation else number + 1
+            end = add(self.encode(f"{before}{question.text}{self.closing}"), start, segment)
+            end = add(self.encode(self.answer(question)), end, segment, learn=True)
+            if conversation:
+                start, before = end, self.next_turn.removeprefix(self.end)
+        return row
+
+    def answer(self, question: Question) -> str:
+        """As it is learnt. One about a picture begins with a space, like the words that its tokens are aligned with."""
+        space = " " if question.kind in (*scenes.KINDS, "caption") else ""
+        return space + question.answer + (self.end if question.kind != UNFINISHED else "")
+
+    def batch(self, rows: Sequence[Row], pictures: Sequence[scenes.Scene]) -> dict[str, torch.Tensor]:
+        """Model inputs and labels.
+
+        Args:
+            pictures: of the rows that have one, in their order.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids` (B, S), `attention_mask` (B, 1, S, S), boolean, and `pixel_values`.
+        """
+        length = max(len(row.input_ids) for row in rows)
+        fill = Row(self.tokenizer.pad_token_id, IGNORED, 0, -1)
+        columns = [
+            torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in column])
+            for column, value in zip(zip(*rows), fill)
+        ]
+        batch = Row(*columns)._asdict()
+        segments = batch.pop("segments")
+        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        return batch | {"pixel_values": self.pixels(pictures)}
+
+    def pixels(self, pictures: Sequence[scenes.Scene]) -> torch.Tensor:
+        """(pictures, 3, IMAGE_SIZE, IMAGE_SIZE), float32."""
+        drawn = [scenes.draw(scene) for scene in pictures]
+        return self.processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
+
+
+def answer_states(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final states (N, h) of the positions that predict a label, in the order of rows, and the labels (N,)."""
+    inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    labels = batch["labels"][:, 1:].to(model.device)
+    learnt = labels != IGNORED
+    return states[learnt], labels[learnt]

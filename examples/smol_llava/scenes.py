@@ -1,0 +1,240 @@
+"""Pictures of coloured shapes with size, pattern and place, with questions in named kinds, captions and conversations.
+
+Richer than the embedded checkpoint's `checkpoints.shapes`, whose outlines and colours it uses: up to six objects on a
+4 x 4 grid, each with four attributes, referred to by any attributes that tell them apart. All is drawn from the
+`random.Random` passed in, so a seed names a picture and its questions.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from PIL import Image, ImageDraw
+
+from shortv_llava.checkpoints.shapes import COLORS, SHAPES, ColoredShape, Question, article, outline, plural
+from shortv_llava.prompts import CAPTION_PROMPT
+
+IMAGE_SIZE = 128  # pixels
+GRID = 4
+CELL = IMAGE_SIZE // GRID
+RADII = {"small": 8.5, "large": 14.0}  # pixels
+PATTERNS = ("plain", "dotted")  # a white dot in the middle
+VALUES = {"size": tuple(RADII), "pattern": PATTERNS, "color": tuple(COLORS), "shape": SHAPES}
+QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+KINDS = ("existence", "color", "shape", "size", "pattern", "count", "position", "relation", "comparison")
+MAX_OBJECTS = 6
+
+
+def quadrant(cell: int) -> str:
+    """Where in the picture a cell lies."""
+    row, column = divmod(cell, GRID)
+    return QUADRANTS[row // 2 * 2 + column // 2]
+
+
+@dataclass(frozen=True)
+class Thing(ColoredShape):
+    size: str
+    pattern: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Row and column."""
+        return divmod(self.cell, GRID)
+
+    @property
+    def quadrant(self) -> str:
+        return quadrant(self.cell)
+
+    @property
+    def words(self) -> list[str]:
+        """All that can be said of it: its attributes and its quadrant."""
+        return [*(getattr(self, attribute) for attribute in VALUES), *self.quadrant.split()]
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[Thing, ...]  # in reading order
+    background: tuple[int, int, int]
+
+    def count(self, wanted: dict[str, str]) -> int:
+        """How many objects have these values of attributes."""
+        return sum(all(getattr(item, name) == value for name, value in wanted.items()) for item in self.objects)
+
+
+def make_scene(rng: random.Random, objects: int | None = None) -> Scene:
+    """Draw a scene of so many objects, else one to six.
+
+    Colours and shapes come from a pool of three each, so that objects share them; no two share both.
+    """
+    colors, shapes = rng.sample(VALUES["color"], 3), rng.sample(SHAPES, 3)
+    pairs = [(color, shape) for color in colors for shape in shapes]
+    number = objects or rng.randint(1, MAX_OBJECTS)
+    found = []
+    for cell, (color, shape) in zip(sorted(rng.sample(range(GRID**2), number)), rng.sample(pairs, number)):
+        row, column = divmod(cell, GRID)
+        center = tuple((index + 0.5) * CELL + rng.uniform(-1.5, 1.5) for index in (column, row))
+        size = rng.choice(VALUES["size"])
+        radius = RADII[size] * rng.uniform(0.95, 1.05)
+        found.append(Thing(color, shape, cell, center, radius, size, rng.choice(PATTERNS)))
+    gray = rng.randint(205, 235)
+    return Scene(tuple(found), (gray, gray, gray))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture, IMAGE_SIZE pixels square, RGB."""
+    scale = 2  # drawn larger and reduced, for smooth edges
+    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), scene.background)
+    canvas = ImageDraw.Draw(image)
+
+    def disc(center: tuple[float, float], radius: float, fill: tuple[int, int, int]) -> None:
+        x, y = center
+        canvas.ellipse([value * scale for value in (x - radius, y - radius, x + radius, y + radius)], fill=fill)
+
+    for item in scene.objects:
+        if item.shape == "circle":
+            disc(item.center, item.radius, COLORS[item.color])
+        else:
+            canvas.polygon([(x * scale, y * scale) for x, y in outline(item)], fill=COLORS[item.color])
+        if item.pattern == "dotted":
+            disc(item.center, 0.27 * item.radius, (255, 255, 255))
+    return image.reduce(scale)
+
+
+def phrase(wanted: dict[str, str], many: bool = False) -> str:
+    """`small dotted red circle(s)` of attributes' values, in that order; `object(s)` where the shape is left out."""
+    noun = wanted.get("shape", "object")
+    adjectives = [wanted[name] for name in ("size", "pattern", "color") if name in wanted]
+    return " ".join([*adjectives, plural(noun) if many else noun])
+
+
+def _values(item: Thing, attributes: Sequence[str]) -> dict[str, str]:
+    return {name: getattr(item, name) for name in attributes}
+
+
+def _reference(scene: Scene, item: Thing, rng: random.Random, without: str = "") -> str | None:
+    """A phrase for this object alone, by as few attributes as it takes, or None where there is none."""
+    attributes = [name for name in VALUES if name != without]
+    for number in range(1, len(attributes) + 1):
+        unique = [chosen for chosen in combinations(attributes, number) if scene.count(_values(item, chosen)) == 1]
+        if unique:
+            return phrase(_values(item, rng.choice(unique)))
+    return None
+
+
+def ask_existence(scene: Scene, rng: random.Random) -> Question:
+    """Half of what is absent differs from something present in one attribute."""
+    wanted = _values(rng.choice(scene.objects), rng.sample(list(VALUES), rng.randint(1, 3)))
+    if rng.random() < 0.5:
+        while scene.count(wanted):
+            names = [rng.choice(list(wanted))] if rng.random() < 0.5 else list(wanted)
+            wanted |= {name: rng.choice(VALUES[name]) for name in names}
+            if rng.random() < 0.1:  # both sizes may be there, and both patterns
+                wanted = {name: rng.choice(VALUES[name]) for name in ("color", "shape")}
+    name = phrase(wanted)
+    return Question("existence", f"Is there {article(name)} {name}?", "yes" if scene.count(wanted) else "no")
+
+
+def ask_attribute(scene: Scene, rng: random.Random, kind: str) -> Question | None:
+    item = rng.choice(scene.objects)
+    reference = _reference(scene, item, rng, without=kind)
+    if reference is None:
+        return None
+    text = {
+        "color": f"What color is the {reference}?",
+        "shape": f"What shape is the {reference}?",
+        "size": f"Is the {reference} small or large?",
+        "pattern": f"Is the {reference} plain or dotted?",
+    }[kind]
+    return Question(kind, text, getattr(item, kind))
+
+
+def ask_count(scene: Scene, rng: random.Random) -> Question:
+    wanted = _values(rng.choice(scene.objects), rng.sample(list(VALUES), rng.choice((0, 1, 1, 1, 2))))
+    if wanted and rng.random() < 0.15:
+        wanted = {name: rng.choice(VALUES[name]) for name in wanted}
+    return Question("count", f"How many {phrase(wanted, many=True)} are there?", str(scene.count(wanted)))
+
+
+def ask_position(scene: Scene, rng: random.Random) -> Question:
+    item = rng.choice(scene.objects)
+    return Question("position", f"Where is the {_reference(scene, item, rng)}?", item.quadrant)
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    if len(scene.objects) < 2:
+        return None
+    first, second = rng.sample(scene.objects, 2)
+    axes = [axis for axis in (0, 1) if first.place[axis] != second.place[axis]]
+    axis = rng.choice(axes)
+    is_before = rng.random() < 0.5
+    relation = (("below", "above"), ("right of", "left of"))[axis][is_before]
+    names = [_reference(scene, item, rng) for item in (first, second)]
+    true = (first.place[axis] < second.place[axis]) == is_before
+    return Question("relation", f"Is the {names[0]} {relation} the {names[1]}?", "yes" if true else "no")
+
+
+def ask_comparison(scene: Scene, rng: random.Random) -> Question | None:
+    if len(scene.objects) < 2:
+        return None
+    attribute = rng.choice(list(VALUES))
+    present = sorted({getattr(item, attribute) for item in scene.objects})
+    first = rng.choice(present)
+    second = rng.choice([value for value in VALUES[attribute] if value != first])
+    if len(present) > 1 and rng.random() < 0.8:
+        second = rng.choice([value for value in present if value != first])
+    if rng.random() < 0.5:
+        first, second = second, first
+    names = [phrase({attribute: value}, many=True) for value in (first, second)]
+    more = scene.count({attribute: first}) > scene.count({attribute: second})
+    return Question("comparison", f"Are there more {names[0]} than {names[1]}?", "yes" if more else "no")
+
+
+ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+    "existence": ask_existence,
+    **{kind: lambda scene, rng, kind=kind: ask_attribute(scene, rng, kind) for kind in VALUES},
+    "count": ask_count,
+    "position": ask_position,
+    "relation": ask_relation,
+    "comparison": ask_comparison,
+}
+
+
+def caption(scene: Scene) -> Question:
+    """All objects in reading order, without their patterns."""
+    names = [phrase(_values(item, ("size", "color", "shape"))) for item in scene.objects]
+    names = [f"{article(name)} {name}" for name in names]
+    listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    return Question("caption", CAPTION_PROMPT, listed.capitalize() + ".")
+
+
+def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
+    """`number` different questions, or as many as the scene allows, the kinds in turn from a random one on."""
+    asked: dict[str, Question] = {}
+    first = rng.randrange(len(KINDS))
+    for turn in range(5 * number):
+        question = ASK[KINDS[(first + turn) % len(KINDS)]](scene, rng)
+        if question is not None:
+            asked.setdefault(question.text, question)
+        if len(asked) == number:
+            break
+    return list(asked.values())
+
+
+def held_out(
+    pictures: int, questions: int, seed: str = "held-out", objects: int | None = None
+) -> list[tuple[Scene, list[Question]]]:
+    """Pictures with so many short-answer questions about each. Training draws from other seeds.
+
+    Args:
+        objects: in every picture; one to six if not given.
+    """
+    found = []
+    for index in range(pictures):
+        rng = random.Random(f"{seed}/{index}")
+        asked: list[Question] = []
+        while len(asked) < questions:  # some scenes do not allow so many
+            scene = make_scene(rng, objects)
+            asked = ask_several(scene, questions, rng)
+        found.append((scene, asked))
+    return found

@@ -1,0 +1,220 @@
+"""Train the LLaVA: tower and projector aligned with the word embeddings, then LoRA on the language model.
+
+1. Stage 1, alignment, without the language model: the projected token of a patch is to be the sum of the word
+   embeddings for what the patch shows, with about a word's norm. From then on tower and projector stay.
+2. Stage 2: LoRA on the language model, by its answers' loss, first on pictures of one object, then of more and more,
+   and with text-only turns that the model itself answered before, so that it stays a language model.
+
+Beside it, for what makes visual layers redundant: `frozen` trains tower and projector on, through the frozen language
+model, for a short and a longer time; `scaled` does so with projected tokens of several times the norm. An interrupted
+run continues where it stopped: each step draws its pictures from its own number. At milestones Layer Contribution and
+accuracy are measured and written to a log.
+"""
+
+import json
+import random
+import shutil
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shortv_llava.checkpoints.shapes import Question
+from shortv_llava.checkpoints.train import run
+from shortv_llava.examples.smol_llava import scenes
+from shortv_llava.examples.smol_llava.measure import Meter, token_norms
+from shortv_llava.examples.smol_llava.model import (
+    PATCH,
+    attach_adapters,
+    detach_adapters,
+    make_llava,
+    make_processor,
+    save_trained,
+    trained_parts,
+)
+from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_states
+from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
+from shortv_llava.package import replacing_file
+
+ALIGNMENT = {"steps": 400, "lr": 1e-3, "pictures": 64}  # a step
+STAGE2 = {"steps": 120, "lr": 1e-3, "pictures": 3}
+ALONE, MORE = 40, 12  # steps of stage 2 with one object a picture; and steps before one more is allowed
+FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 3}
+LONGER = {"steps": 80, "lr": 4e-4, "pictures": 2}
+SCALE = 8  # of the projected tokens' norm, in the run that scales them
+MILESTONES = 40  # steps of stage 2 between two
+SAVE_EVERY = 10
+QUESTIONS = 12  # about each picture
+CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
+CAPTIONS = 0.3  # of the rows have one
+TEXTS = 3  # prompts without a picture, in every fourth step of stage 2
+ANSWER_TOKENS = 64
+LC_SAMPLES = 12  # at milestones
+WORDS = (*(value for values in scenes.VALUES.values() for value in values), "top", "bottom", "left", "right")
+NOTHING = "background"
+
+
+def patch_targets(scene: scenes.Scene, embeddings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What projected tokens are to be, (patches, h), and which show an object, (patches,).
+
+    Args:
+        embeddings: of a word, (h,).
+    """
+    objects = {item.cell: item for item in scene.objects}
+    targets = []
+    for cell in range(scenes.GRID**2):
+        item = objects.get(cell)
+        words = item.words if item else (NOTHING, *scenes.quadrant(cell).split())
+        # Nearly orthogonal vectors: divided so, the sum has about the norm of one.
+        targets.append(sum(embeddings[word] for word in words) / len(words) ** 0.5)
+    shown = torch.tensor([cell in objects for cell in range(scenes.GRID**2)])
+    times = scenes.CELL // PATCH
+
+    def of_patches(cells: torch.Tensor) -> torch.Tensor:
+        grid = cells.unflatten(0, (scenes.GRID, scenes.GRID))
+        return grid.repeat_interleave(times, 0).repeat_interleave(times, 1).flatten(0, 1)
+
+    return of_patches(torch.stack(targets)), of_patches(shown)
+
+
+class Training:
+    """The model and all runs on it, with their states in the folder `work`."""
+
+    def __init__(self, work: Path, language_model, tokenizer):
+        self.work, self.log = work, work / "training.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        self.processor = make_processor(tokenizer)
+        self.packer = Packer(self.processor)
+        self.texts = self.own_answers(language_model)
+        self.model = make_llava(language_model, self.processor)
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.parts = trained_parts(self.model)
+        asked = scenes.held_out(40, 8, seed="milestones")
+        self.meter = Meter(self.packer, asked)
+        self.lc_meter = Meter(self.packer, [(scene, questions[:1]) for scene, questions in asked[:LC_SAMPLES]])
+        self.pictures = [scene for scene, _ in asked]
+
+    @torch.no_grad()
+    def own_answers(self, language_model) -> list[Question]:
+        """The language model's answers to the text-only prompts, or their beginnings; kept in the folder."""
+        kept = self.work / "answers.json"
+        if kept.exists():
+            return [Question(*entry) for entry in json.loads(kept.read_text())]
+        prompts = [
+            self.processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            for prompt in TRAINING_PROMPTS
+        ]
+        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
+        tokens = language_model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        answers = self.processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])
+        end = self.packer.end
+        texts = [
+            Question("text" if end in answer else UNFINISHED, prompt, answer.split(end)[0])
+            for prompt, answer in zip(TRAINING_PROMPTS, answers)
+        ]
+        with replacing_file(kept) as unfinished:
+            unfinished.write_text(json.dumps([astuple(text) for text in texts]))
+        return texts
+
+    def run_all(self, output: Path) -> None:
+        """Train what ships, write it and the log to `output`, then make the runs for comparison."""
+        self.align()
+        self.milestone("alignment", ALIGNMENT["steps"], None)
+        self.stage_2(output)
+        self.through_language_model("frozen", **FROZEN)
+        self.through_language_model("frozen, longer", **LONGER)
+        self.restore("alignment")
+        with torch.no_grad():
+            for weight in self.model.model.multi_modal_projector.linear_2.parameters():
+                weight.mul_(SCALE)
+        self.through_language_model("scaled", **FROZEN)
+        shutil.copyfile(self.log, output / self.log.name)
+
+    def restore(self, name: str) -> None:
+        """Go back to the end of a run of tower and projector."""
+        self.parts.load_state_dict(torch.load(self.work / f"{name}.pt", weights_only=True)["modules"])
+
+    def align(self) -> None:
+        encode = partial(self.processor.tokenizer.encode, add_special_tokens=False)
+        with torch.no_grad():
+            table = self.model.get_input_embeddings().weight
+            embeddings = {word: table[encode(f" {word}")[0]].float().cpu() for word in (*WORDS, NOTHING)}
+
+        def loss_of(step: int) -> torch.Tensor:
+            rng = random.Random(f"alignment/{step}")
+            pictures = [scenes.make_scene(rng) for _ in range(ALIGNMENT["pictures"])]
+            pixels = self.packer.pixels(pictures).to(self.model.device)
+            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+            tokens = self.model.model.multi_modal_projector(states[self.model.config.vision_feature_layer][:, 1:])
+            targets, shown = map(torch.stack, zip(*(patch_targets(scene, embeddings) for scene in pictures)))
+            targets, shown = targets.to(tokens.device), shown.to(tokens.device)
+            misses = (tokens.float() - targets).square().sum(-1) / targets.square().sum(-1)
+            return misses[shown].mean() + 0.2 * misses[~shown].mean()
+
+        run("alignment", self.parts, loss_of, self.work, ALIGNMENT["steps"], ALIGNMENT["lr"])
+
+    def through_language_model(self, name: str, steps: int, lr: float, pictures: int) -> None:
+        """Tower and projector, by the loss of the language model as it is."""
+
+        def saved(step: int, loss: float) -> None:
+            if step == steps:
+                self.milestone(name, step, loss)
+
+        run(name, self.parts, partial(self.loss, name, pictures), self.work, steps, lr, SAVE_EVERY, saved)
+
+    def stage_2(self, output: Path) -> None:
+        adapters = attach_adapters(self.model).to(self.model.device)
+        parts = trained_parts(self.model, adapters)
+
+        def loss_of(step: int) -> torch.Tensor:
+            most = 1 if step < ALONE else min(scenes.MAX_OBJECTS, 2 + (step - ALONE) // MORE)
+            return self.loss("stage 2", STAGE2["pictures"], step, most, texts=True)
+
+        def saved(step: int, loss: float) -> None:
+            if step % MILESTONES == 0:
+                self.milestone("stage 2", step, loss)
+            save_trained(parts, output)
+            shutil.copyfile(self.log, output / self.log.name)
+
+        self.parts.requires_grad_(False)
+        trained = nn.ModuleDict({"adapters": adapters})
+        run("stage 2", trained, loss_of, self.work, STAGE2["steps"], STAGE2["lr"], SAVE_EVERY, saved)
+        detach_adapters(self.model, adapters, merge=False)
+        self.parts.requires_grad_(True)
+
+    def loss(
+        self, name: str, number: int, step: int, most: int = scenes.MAX_OBJECTS, texts: bool = False
+    ) -> torch.Tensor:
+        """Cross-entropy of the answers in a step's conversations about a `number` of pictures of `most` objects."""
+        rng = random.Random(f"{name}/{step}")
+        pictures = [scenes.make_scene(rng, rng.randint(1, most)) for _ in range(number)]
+        rows = []
+        for scene in pictures:
+            questions = scenes.ask_several(scene, QUESTIONS, rng)
+            if rng.random() < CAPTIONS:
+                questions[rng.randrange(len(questions))] = scenes.caption(scene)
+            rows.append(self.packer.row(questions, conversation=rng.random() < CONVERSATIONS))
+        if texts and step % 4 == 3:
+            rows.append(self.packer.row(rng.sample(self.texts, TEXTS), picture=False))
+        states, labels = answer_states(self.model, self.packer.batch(rows, pictures))
+        return nn.functional.cross_entropy(self.model.lm_head(states).float(), labels)
+
+    def milestone(self, name: str, step: int, loss: float | None) -> None:
+        """Measure and write a line of the log, unless it is there."""
+        entries = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        if any((entry["run"], entry["step"]) == (name, step) for entry in entries):
+            return
+        entry = {
+            "run": name,
+            "step": step,
+            "loss": loss,
+            "accuracy": self.meter.accuracy(self.meter.read(self.model).right),
+            "lc": self.lc_meter.scores(self.model)[0].mean(0).tolist(),
+            "norms": token_norms(self.model, self.packer, self.pictures),
+        }
+        with self.log.open("a") as log:
+            log.write(json.dumps(entry) + "\n")
+        print(f"{name} {step}: loss {loss}, {entry['accuracy']}", flush=True)
