@@ -125,7 +125,7 @@ def test_packed_questions_are_answered_as_each_alone(llava, replaced_layers):
     found = 0
     for sample in samples_of(asked):
         inputs = make_inputs(packer.processor, [sample])
-        answer = packer.encode(f"{sample.answer}{packer.end}")
+        answer = packer.encode(f" {sample.answer}{packer.end}")
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
         with torch.no_grad():
             alone = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
@@ -144,7 +144,7 @@ def test_a_conversation_is_the_chat_templates(llava):
     for number, question in enumerate(questions):
         content = [{"type": "image"}] if number == 0 else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": question.text}]})
-        messages.append({"role": "assistant", "content": question.answer})
+        messages.append({"role": "assistant", "content": f" {question.answer}"})
     text = packer.processor.apply_chat_template(messages).removesuffix("\n")
     tokens = packer.processor(text=text, images=scenes.draw(scenes.held_out(1, 2)[0][0]), return_tensors="pt")
     assert row.input_ids == tokens["input_ids"][0].tolist()
