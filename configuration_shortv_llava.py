@@ -1,8 +1,12 @@
 """Configurations of ShortV LLaVA models: LLaVA's own, and the layers in which visual tokens are frozen."""
 
-import sys
+import math
 
 from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, LlavaOnevisionConfig, VipLlavaConfig
+
+
+def model_class_name(config_class):
+    return config_class.__name__.removesuffix("Config") + "ForConditionalGeneration"
 
 
 class ShortVConfigMixin:
@@ -31,7 +35,7 @@ class ShortVConfigMixin:
         **kwargs,
     ):
         module = "modeling_shortv_llava"
-        name = type(self).__name__.removesuffix("Config") + "ForConditionalGeneration"
+        name = model_class_name(type(self))
         kwargs.pop("model_type", None)  # a plain LLaVA's would hide ours
         kwargs["auto_map"] = {
             "AutoConfig": f"configuration_shortv_llava.{type(self).__name__}",
@@ -122,7 +126,7 @@ class ShortVConfigMixin:
         if not isinstance(scores, (list, tuple)) or len(scores) != num_layers:
             raise ValueError(f"lc_scores must hold one number for each of the {num_layers} layers, got {scores!r}")
         for layer, score in enumerate(scores):
-            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
+            if type(score) not in (int, float) or not abs(score) <= math.nextafter(math.inf, 0):
                 raise ValueError(f"lc_scores: {score!r} for layer {layer} of 0 to {num_layers - 1} is no finite number")
         self.lc_scores = list(scores)
 
@@ -188,5 +192,4 @@ except ImportError:  # transformers 4, whose server takes no custom classes
     pass
 else:
     for config_class in CONFIG_CLASSES:
-        name = config_class.__name__.removesuffix("Config") + "ForConditionalGeneration"
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = name
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class_name(config_class)

@@ -235,6 +235,11 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def _own_type(entries: dict) -> str:
+    """ShortV's model type for a config.json's entries, those of a plain LLaVA or of a package."""
+    return MODEL_TYPES.get(entries["model_type"], entries["model_type"])
+
+
 def config_object(entries: dict):
     """The ShortV configuration of a config.json's entries; those of a plain LLaVA have no frozen layers.
 
@@ -243,7 +248,7 @@ def config_object(entries: dict):
     """
     from shortv_llava import CONFIG_CLASSES
 
-    model_type = MODEL_TYPES.get(entries["model_type"], entries["model_type"])
+    model_type = _own_type(entries)
     config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
     return config_class.from_dict(json.loads(json.dumps(entries | {"model_type": model_type})))  # reading changes them
 
@@ -415,8 +420,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
-    model_type = read_config(folder)["model_type"]
-    model_type = MODEL_TYPES.get(model_type, model_type)
+    model_type = _own_type(read_config(folder))
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)

@@ -7,8 +7,7 @@ import typer
 from transformers import DynamicCache, StaticCache
 
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.benchmarks.models import SHAPES, make_inputs, make_pair
-from shortv_llava.errors import ShortVError
+from shortv_llava.benchmarks.models import SHAPES, find_shape, make_inputs, make_pair
 
 
 @torch.no_grad()
@@ -23,9 +22,7 @@ def main(
 
         shortv bench decoding --compile
     """
-    if model not in SHAPES:
-        raise ShortVError(f"there is no model {model!r}; there are {', '.join(SHAPES)}")
-    shape, on_gpu = SHAPES[model], torch.cuda.is_available()
+    shape, on_gpu = find_shape(model), torch.cuda.is_available()
     stock, ours = make_pair(shape, *(("cuda", torch.bfloat16) if on_gpu else ()))
     ours.set_replaced_layers(shape.layers(round(0.6 * shape.num_layers)))
     inputs, warm_up = make_inputs(ours, shape), 5

@@ -8,6 +8,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.errors import ShortVError
 from shortv_llava.package import PUBLISHED, load_processor
 
 PATCH = 14
@@ -54,6 +55,13 @@ SHAPES = {
     "llava-next-7b": Shape(4096, 32, 11008, 128, tiles=5, published="llava-next-7b"),
     "llava-next-13b": Shape(5120, 40, 13824, 128, tiles=5, published="llava-next-13b"),
 }
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of this name; [`ShortVError`] if there is none."""
+    if name not in SHAPES:
+        raise ShortVError(f"there is no model {name!r}; there are {', '.join(SHAPES)}")
+    return SHAPES[name]
 
 
 def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"):

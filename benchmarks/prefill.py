@@ -11,7 +11,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shortv_llava.benchmarks.measure import compare, machine, peak_memory, write_json
-from shortv_llava.benchmarks.models import SHAPES, Shape, make_inputs, make_pair
+from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, make_inputs, make_pair
 from shortv_llava.errors import ShortVError
 from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
@@ -132,29 +132,27 @@ def main(
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     names = model or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
-    for name in names:
-        if name not in SHAPES:
-            raise ShortVError(f"there is no model {name!r}; there are {', '.join(SHAPES)}")
+    shapes = {name: find_shape(name) for name in names}
     try:
         numbers = [int(number) for number in layers.split(",")] if layers is not None else None
         batches = [int(size) for size in batch.split(",")]
     except ValueError as error:
         raise ShortVError(f"--layers and --batch are numbers separated by commas: {error}") from None
-    if min(batches) < 1 or any(not 0 <= n <= SHAPES[name].num_layers for n in numbers or () for name in names):
+    if min(batches) < 1 or any(not 0 <= n <= shapes[name].num_layers for n in numbers or () for name in names):
         raise ShortVError("--batch starts at 1, --layers lie between 0 and the model's number of layers")
 
     rows, console = [], Console()
     for name in names:
         for implementation in attention.split(","):
             try:
-                stock, ours = make_pair(SHAPES[name], device, dtype, implementation)
+                stock, ours = make_pair(shapes[name], device, dtype, implementation)
             except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
                 raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
             for size in batches:
-                title = f"{name}, {implementation}, batch {size}, {SHAPES[name].visual_tokens} + {text_tokens} tokens"
+                title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 group = []
-                for label, frozen in tqdm(variants(name, SHAPES[name], numbers).items(), desc=title, leave=False):
-                    found = measure(stock, ours, SHAPES[name], frozen, text_tokens, size, pairs)
+                for label, frozen in tqdm(variants(name, shapes[name], numbers).items(), desc=title, leave=False):
+                    found = measure(stock, ours, shapes[name], frozen, text_tokens, size, pairs)
                     group.append({"model": name, "attention": implementation, "batch": size, "frozen": label} | found)
                     if output is not None:  # after every line: a later one may run out of memory
                         write_json(output / "prefill.json", rows + group)

@@ -12,6 +12,7 @@ An interrupted run continues where it stopped: each step draws its pictures from
 import json
 import os
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,7 @@ QUESTIONS = 12  # about a picture
 CONVERSATIONS = 0.2  # of the rows; in the others no question sees another
 KIND_WEIGHTS = (2, 1, 1, 1, 2)  # how often each of shapes.KINDS is asked
 SAMPLES = 60  # for calibration and tests
+IGNORED = -100  # label of what is not learnt
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
@@ -151,9 +153,24 @@ class Row(NamedTuple):
     """Questions and answers about one picture, one list item a token."""
 
     input_ids: list[int]
-    labels: list[int]  # the answers; -100 elsewhere
+    labels: list[int]  # the answers; IGNORED elsewhere
     position_ids: list[int]
     segments: list[int]  # 0 is seen by all that follows, any other only by its own
+
+
+def collate(rows: Sequence[Row], pad_token: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels` and `position_ids` (B, S), and `attention_mask` (B, 1, S, S), boolean, by the segments."""
+    length = max(len(row.input_ids) for row in rows)
+    fill = Row(pad_token, IGNORED, 0, -1)
+    columns = [
+        torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in column])
+        for column, value in zip(zip(*rows), fill)
+    ]
+    batch = Row(*columns)._asdict()
+    segments = batch.pop("segments")
+    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    return batch
 
 
 class Conversations:
@@ -186,7 +203,7 @@ class Conversations:
 
         def add(tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
             row.input_ids.extend(tokens)
-            row.labels.extend(tokens if learn else [-100] * len(tokens))
+            row.labels.extend(tokens if learn else [IGNORED] * len(tokens))
             row.position_ids.extend(range(position, position + len(tokens)))
             row.segments.extend([segment] * len(tokens))
             return position + len(tokens)
@@ -206,17 +223,9 @@ class Conversations:
         rng = random.Random(seed)
         scenes = [shapes.make_scene(rng) for _ in range(PICTURES)]
         rows = [self.row(self.questions(scene, rng), rng.random() < CONVERSATIONS) for scene in scenes]
-        length = max(len(row.input_ids) for row in rows)
-        fill = Row(self.tokenizer.pad_token_id, -100, 0, -1)
-        columns = [
-            torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in column])
-            for column, value in zip(zip(*rows), fill)
-        ]
-        batch = Row(*columns)._asdict()
-        segments = batch.pop("segments")
-        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-        return batch | {"pixel_values": pixels(scenes, self.processor.image_processor)}
+        return collate(rows, self.tokenizer.pad_token_id) | {
+            "pixel_values": pixels(scenes, self.processor.image_processor)
+        }
 
 
 def run(

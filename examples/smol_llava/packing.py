@@ -5,25 +5,15 @@ So a picture goes through the language model once for all questions about it, in
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from shortv_llava.checkpoints.shapes import Question
+from shortv_llava.checkpoints.train import IGNORED, Row, collate
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 
-IGNORED = -100  # label of what is not learnt
 UNFINISHED = "unfinished"  # kind of question whose answer is only the beginning of one: its end is not learnt
-
-
-class Row(NamedTuple):
-    """One list item a token."""
-
-    input_ids: list[int]
-    labels: list[int]  # the answers and their end; IGNORED elsewhere
-    position_ids: list[int]
-    segments: list[int]  # 0 is seen by all that follows, any other only by its own
 
 
 class Packer:
@@ -80,17 +70,7 @@ class Packer:
         Returns:
             `input_ids`, `labels` and `position_ids` (B, S), `attention_mask` (B, 1, S, S), boolean, and `pixel_values`.
         """
-        length = max(len(row.input_ids) for row in rows)
-        fill = Row(self.tokenizer.pad_token_id, IGNORED, 0, -1)
-        columns = [
-            torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in column])
-            for column, value in zip(zip(*rows), fill)
-        ]
-        batch = Row(*columns)._asdict()
-        segments = batch.pop("segments")
-        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-        return batch | {"pixel_values": self.pixels(pictures)}
+        return collate(rows, self.tokenizer.pad_token_id) | {"pixel_values": self.pixels(pictures)}
 
     def pixels(self, pictures: Sequence[scenes.Scene]) -> torch.Tensor:
         """(pictures, 3, IMAGE_SIZE, IMAGE_SIZE), float32."""
