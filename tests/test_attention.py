@@ -1,5 +1,6 @@
 """Attention kernels besides SDPA and eager attention: flex's, and a stand-in with the contract of flash's."""
 
+import copy
 import inspect
 
 import pytest
@@ -57,11 +58,7 @@ def flash_kernel(monkeypatch):
 
 def make_pair(implementation, family="llava", backbone="llama", **text):
     """(stock, ours) whose language model has this implementation; nothing asks whether the kernels are installed."""
-    stock_config, stock_class, our_config, our_class = tiny.CLASSES[family]
-    torch.manual_seed(0)
-    stock = stock_class(stock_config(**tiny.config_dict(family, backbone, **text))).eval()
-    ours = our_class(our_config(**tiny.config_dict(family, backbone, **text))).eval()
-    ours.load_state_dict(stock.state_dict())
+    stock, ours = copy.deepcopy(tiny.pair(family, backbone, **text))
     for model in (stock, ours):
         model.model.language_model.config._attn_implementation = implementation
     return stock, ours
@@ -69,7 +66,7 @@ def make_pair(implementation, family="llava", backbone="llama", **text):
 
 @torch.no_grad()
 def assert_equal_to_hooked(stock, ours, inputs, blocks):
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     real = inputs["attention_mask"].bool()
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
         expected = stock(**inputs).logits

@@ -109,7 +109,7 @@ def test_logits_and_tokens_equal_the_hooked_stock_model(family, blocks):
     stock, ours = make_pair(family)
     inputs = make_inputs(stock, family)
     assert visual(inputs).any()
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     with tiny.frozen(stock, visual(inputs), **blocks):
         expected, tokens = stock(**inputs).logits, stock.generate(**inputs, **settings)

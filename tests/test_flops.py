@@ -62,7 +62,7 @@ def test_linear_operations_spent_equal_the_formula(kv_heads, frozen):
     inputs = tiny.batch(stock, "llava", ["tttIttttt"] * 3)
     visual = int((inputs["input_ids"][0] == tiny.IMAGE_TOKEN).sum())
     text = inputs["input_ids"].shape[1] - visual
-    ours.set_replaced_layers(frozen.get("layers", ()), frozen.get("attention", ()), frozen.get("ffn", ()))
+    tiny.freeze(ours, **frozen)
     spent = [0] * tiny.LAYERS
 
     def counter(layer):

@@ -26,7 +26,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 def pair(family="llava", backbone="llama", **text):
     """(stock model, ShortV model with frozen blocks)."""
     stock, ours = tiny.pair(family, backbone, **text)
-    ours.set_replaced_layers(FROZEN["layers"], FROZEN["attention"], FROZEN["ffn"])
+    tiny.freeze(ours, **FROZEN)
     return stock, ours
 
 

@@ -47,7 +47,7 @@ def assert_close(ours, stock, attention_mask):
 def test_logits_equal_the_hooked_stock_model(model, layout, side, blocks):
     stock, ours = tiny.pair(*model)
     inputs = tiny.batch(stock, model[0], layout, side)
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
         expected = stock(**inputs).logits
     assert_close(ours(**inputs).logits, expected, inputs["attention_mask"])
@@ -188,7 +188,7 @@ def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
 def test_last_logits_alone(kept, blocks):
     stock, ours = tiny.pair()
     inputs = tiny.batch(stock, "llava", LAYOUTS["0, 1 and 2 images"])
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
         expected = stock(**inputs, logits_to_keep=kept, use_cache=True)
     actual = ours(**inputs, logits_to_keep=kept, use_cache=True)

@@ -43,7 +43,7 @@ def test_logits_lose_no_more_than_the_hooked_stock_models(model, precision, bloc
     inputs = tiny.batch(tiny.pair(*model)[0], model[0], ["tttttt", "ttIttt", "tIttItt"], side)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     real, visual = inputs["attention_mask"].bool(), inputs["input_ids"] == tiny.IMAGE_TOKEN
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     dense = stock(**inputs).logits[real]
     with tiny.frozen(stock, visual, **blocks):
         exact = stock(**inputs).logits[real]

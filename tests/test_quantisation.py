@@ -39,7 +39,7 @@ def test_quantised_saved_and_loaded(scheme, package_folder, tmp_path):
     dense = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, **settings)
     stock = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, quantization_config=config(), **settings)
     ours = ShortVLlavaForConditionalGeneration.from_pretrained(package_folder, quantization_config=config(), **settings)
-    ours.set_replaced_layers(BLOCKS["layers"], BLOCKS["attention"], BLOCKS["ffn"])
+    tiny.freeze(ours, **BLOCKS)
     inputs = make_inputs(load_processor(CHECKPOINT), embedded_samples()[:4])
     real, visual = inputs["attention_mask"].bool(), inputs["input_ids"] == stock.config.image_token_id
     unfrozen = dense(**inputs).logits[real]

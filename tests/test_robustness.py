@@ -49,7 +49,7 @@ models = st.sampled_from([("llava", "llama"), ("llava", "qwen2"), ("llava_next",
 @torch.no_grad()
 def test_any_layout(model, layout, side, blocks, attn_implementation, kept, seed):
     stock, ours = tiny.pair(*model, attn_implementation=attn_implementation)
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     inputs = tiny.batch(stock, model[0], layout, side, seed)
     with tiny.frozen(stock, **blocks):
         expected = stock(**inputs, logits_to_keep=kept).logits

@@ -23,7 +23,7 @@ MODELS = [("llava", "llama", 4), ("llava", "qwen2", 2), ("llava_next", "mistral"
 def models(model=("llava", "llama", 2), blocks=FROZEN["mixed blocks"]):
     """Copies of the pair, to be trained."""
     stock, ours = (copy.deepcopy(each).train() for each in tiny.pair(*model))
-    ours.set_replaced_layers(blocks.get("layers", ()), blocks.get("attention", ()), blocks.get("ffn", ()))
+    tiny.freeze(ours, **blocks)
     return stock, ours
 
 

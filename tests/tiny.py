@@ -137,6 +137,11 @@ def root_mean_square(difference: torch.Tensor) -> float:
     return difference.float().square().mean().sqrt().item()
 
 
+def freeze(model, layers=(), attention=(), ffn=()) -> None:
+    """Set a ShortV model's lists from what [`frozen`] takes."""
+    model.set_replaced_layers(layers, attention, ffn)
+
+
 @contextlib.contextmanager
 def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), ffn=()):
     """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add.
