@@ -27,6 +27,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
     VipLlavaModel,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
@@ -148,6 +149,16 @@ def rotate(states, cos, sin):
     return rotated
 
 
+def append(cache, key, value, layer, cache_kwargs):
+    """`cache.update`, but what a growing cache begins with is kept as it is, where that would copy it."""
+    entry = cache.layers[layer] if layer < len(cache.layers) else None
+    if type(entry) is not DynamicLayer or entry.is_initialized or cache.offloading:
+        return cache.update(key, value, layer, cache_kwargs)
+    entry.update(key[:, :, :0], value[:, :, :0])  # what it notes besides keys and values differs between versions
+    entry.keys, entry.values = key, value
+    return key, value
+
+
 class ShortVAttentionMixin:
     """Attention in which some tokens ask no query; otherwise the stock module.
 
@@ -176,7 +187,7 @@ class ShortVAttentionMixin:
         value = heads(self.v_proj(hidden_states))
         if past_key_values is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
-            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
+            key, value = append(past_key_values, key, value, self.layer_idx, cache_kwargs)
         implementation = self.config._attn_implementation
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
