@@ -129,9 +129,10 @@ def make_card(
         known: metadata, such as `base_model`, `license` and `datasets`; what is not known is left as it is.
 
     Raises:
-        ShortVError: if the folder is no package.
+        ShortVError: if the folder is no package, or its calibration settings are none that a calibration wrote.
     """
     config = config_object(read_config(folder))
+    _check_calibration(folder, config.calibration or {})
     data = _metadata(config, name, existing, eval_results, known)
     blocks = {
         "intro": _intro(config, name, data),
@@ -227,6 +228,15 @@ def _metadata(config, name: str, existing: ModelCard | None, eval_results, known
 
 def _listed(value) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def _check_calibration(folder: Path, calibration: dict) -> None:
+    """The configuration takes any dictionary; the card reads these."""
+    names, choice = [calibration.get(key) or [] for key in ("data", "tokens")], calibration.get("choice", {})
+    if not all(isinstance(each, (str, list)) and all(isinstance(name, str) for name in each) for each in names):
+        raise ShortVError(f"{folder}/config.json: calibration: data and tokens are names or lists of names")
+    if not isinstance(choice, dict) or not isinstance(choice.get("strategy", "lc"), str):
+        raise ShortVError(f"{folder}/config.json: calibration: choice holds settings, its strategy is a name")
 
 
 def _calibration_data(config) -> list[str]:

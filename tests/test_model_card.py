@@ -121,6 +121,15 @@ def test_calibrated_layers(tmp_path):
         make_card(folder, "me/it")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"data": 5}, {"data": [5]}, {"tokens": {"a": 1}}, {"choice": []}, {"choice": {"strategy": ["lc"]}}]
+)
+def test_settings_that_no_calibration_wrote(tmp_path, settings):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b", calibration=settings)
+    with pytest.raises(ShortVError, match="config.json: calibration: "):
+        make_card(folder, "me/it")
+
+
 def test_blocks_and_no_layers_at_all(tmp_path):
     lists = {"replaced_layers": [3], "replaced_attention_layers": [5], "replaced_ffn_layers": [7, 8]}
     text = make_card(published_folder(tmp_path / "blocks", "llava-1.5-7b", **lists), "me/it").text

