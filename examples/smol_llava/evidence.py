@@ -28,8 +28,8 @@ from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
 from shortv_llava.package import LAYER_LISTS, load_model, load_processor, replacing_file
 
-MANY = 40, 5  # pictures, and questions about each: samples for LC, of which one a picture chooses
-FEW = 5, 8  # likewise, where every sample is dear: blocks, text, greedy choices
+MANY = 40, 10  # pictures, and questions about each: samples for LC, of which one a picture chooses
+FEW = 10, 8  # likewise, where every sample is dear: blocks, text, greedy choices
 CANDIDATES = 3  # of lowest LC per operation saved, among which a greedy step looks
 NUMBERS = (6, 12, 18, 24)  # of layers frozen, beside none and all
 RATIOS = (0.85, 0.7, 0.55, 0.45)
