@@ -157,6 +157,14 @@ class Row(NamedTuple):
     position_ids: list[int]
     segments: list[int]  # 0 is seen by all that follows, any other only by its own
 
+    def add(self, tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
+        """Append tokens from a position on; returns the position after them."""
+        self.input_ids.extend(tokens)
+        self.labels.extend(tokens if learn else [IGNORED] * len(tokens))
+        self.position_ids.extend(range(position, position + len(tokens)))
+        self.segments.extend([segment] * len(tokens))
+        return position + len(tokens)
+
 
 def collate(rows: Sequence[Row], pad_token: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `labels` and `position_ids` (B, S), and `attention_mask` (B, 1, S, S), boolean, by the segments."""
@@ -200,20 +208,12 @@ class Conversations:
             *self.encode(IMAGE) * self.image_tokens,
         ]
         row = Row([], [], [], [])
-
-        def add(tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
-            row.input_ids.extend(tokens)
-            row.labels.extend(tokens if learn else [IGNORED] * len(tokens))
-            row.position_ids.extend(range(position, position + len(tokens)))
-            row.segments.extend([segment] * len(tokens))
-            return position + len(tokens)
-
-        start = add(prefix, 0, 0)
+        start = row.add(prefix, 0, 0)
         for number, (question, answer) in enumerate(turns):
             opening = "USER: " if conversation and number else "\n"
             segment = 0 if conversation else number + 1
-            end = add(self.encode(f"{opening}{question} ASSISTANT:"), start, segment)
-            end = add(self.encode(f" {answer}{EOS}"), end, segment, learn=True)
+            end = row.add(self.encode(f"{opening}{question} ASSISTANT:"), start, segment)
+            end = row.add(self.encode(f" {answer}{EOS}"), end, segment, learn=True)
             if conversation:
                 start = end
         return row

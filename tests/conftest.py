@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
 def home():
     yield
     shutil.rmtree(os.environ["HF_HOME"])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A local Hub without repositories, whose token is in the environment."""
+    from hub import Hub
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", Hub.token)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own retries
+    with Hub() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

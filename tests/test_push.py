@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,9 @@ def base_files() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", Hub.token)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own retries
-    with Hub() as hub:
-        hub.add_repo(BASE, base_files())
-        yield hub
+def hub(hub):
+    hub.add_repo(BASE, base_files())
+    return hub
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPLACED_LAYERS
 from hub import Hub
-from huggingface_hub import HfApi, SpaceCard, constants, snapshot_download
+from huggingface_hub import HfApi, SpaceCard, snapshot_download
 from PIL import Image
 from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 
@@ -179,15 +178,6 @@ def test_without_gradio_it_says_what_to_install(package_folder):
 
 
 # The Space
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", Hub.token)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own retries
-    with Hub() as hub:
-        yield hub
 
 
 @pytest.fixture

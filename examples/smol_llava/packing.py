@@ -36,22 +36,14 @@ class Packer:
     def row(self, questions: Sequence[Question], picture: bool = True, conversation: bool = False) -> Row:
         """Questions and answers about one picture, or without one, each for itself or as one `conversation`."""
         row = Row([], [], [], [])
-
-        def add(tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
-            row.input_ids.extend(tokens)
-            row.labels.extend(tokens if learn else [IGNORED] * len(tokens))
-            row.position_ids.extend(range(position, position + len(tokens)))
-            row.segments.extend([segment] * len(tokens))
-            return position + len(tokens)
-
-        start = add(self.encode(self.opening), 0, 0)
+        start = row.add(self.encode(self.opening), 0, 0)
         if picture:
-            start = add([self.processor.image_token_id] * VISUAL_TOKENS, start, 0)
+            start = row.add([self.processor.image_token_id] * VISUAL_TOKENS, start, 0)
         before = self.after_image if picture else ""
         for number, question in enumerate(questions):
             segment = 0 if conversation else number + 1
-            end = add(self.encode(f"{before}{question.text}{self.closing}"), start, segment)
-            end = add(self.encode(self.answer(question)), end, segment, learn=True)
+            end = row.add(self.encode(f"{before}{question.text}{self.closing}"), start, segment)
+            end = row.add(self.encode(self.answer(question)), end, segment, learn=True)
             if conversation:
                 start, before = end, self.next_turn.removeprefix(self.end)
         return row
