@@ -59,4 +59,5 @@ accelerator.load_state(state_folder)
 result["resumed"] = train(model, optimizer, batches[2:])
 if accelerator.is_main_process:
     torch.save(result, output_file)
+accelerator.wait_for_everyone()  # what a slower process still exchanges must not meet an interpreter that is ending
 accelerator.end_training()

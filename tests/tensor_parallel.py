@@ -25,4 +25,5 @@ for blocks in inputs.pop("frozen"):
     result["tokens"].append(model.generate(**inputs, max_new_tokens=4, do_sample=False))
 if torch.distributed.get_rank() == 0:
     torch.save(result, output_file)
+torch.distributed.barrier()  # what a slower process still exchanges must not meet an interpreter that is ending
 torch.distributed.destroy_process_group()
