@@ -51,9 +51,17 @@ def compare(stock: Callable[[], object], ours: Callable[[], object], pairs: int,
     return Comparison(*medians, statistics.median(ratios), (quartiles[0], quartiles[2]))
 
 
-def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that `work` needs at its worst moment beyond what is held before: of the GPU, or of the process, which
-    Linux alone tells."""
+def compare_memory(stock: Callable[[], object], ours: Callable[[], object], device, runs=5) -> dict[str, float] | None:
+    """Peak bytes of each, medians of runs in turns: on a CPU, one run's depends on what the heap has kept. None where
+    the system does not tell."""
+    if device.type != "cuda" and not sys.platform.startswith("linux"):
+        return None
+    peaks = [(_peak_memory(stock, device), _peak_memory(ours, device)) for _ in range(runs)]
+    return dict(zip(("stock", "ours"), map(statistics.median, zip(*peaks))))
+
+
+def _peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `work` needs at its worst moment beyond what is held before, of the GPU or of the process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -61,8 +69,6 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux"):
-        return None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier would count as held
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _process_memory("VmRSS")

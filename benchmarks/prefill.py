@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from shortv_llava.benchmarks.measure import compare, machine, peak_memory, write_json
+from shortv_llava.benchmarks.measure import compare, compare_memory, machine, write_json
 from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, make_inputs, make_pair
 from shortv_llava.errors import ShortVError
 from shortv_llava.figures import new_figure, save_figure
@@ -59,7 +59,7 @@ def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pai
         model.model.get_image_features = lambda *args, **kwargs: features
     try:
         row["language_model"] = compare(*sides(), pairs, device)._asdict()
-        row["peak_bytes"] = dict(zip(("stock", "ours"), (peak_memory(side, device) for side in sides())))
+        row["peak_bytes"] = compare_memory(*sides(), device)
     finally:
         for model in (stock, ours):
             del model.model.get_image_features
@@ -85,7 +85,7 @@ def table(title: str, rows: list[dict]) -> Table:
             f"{timed['ratio']:.3f} ±{(high - low) / 2:.2f}",
             f"{row['bound']:.3f}",
             f"{row['share_of_bound']:.3f}{'=' if row['identical'] else ' '}",
-            f"{peak['ours'] / peak['stock']:.2f}" if peak["stock"] else "",
+            f"{peak['ours'] / peak['stock']:.2f}" if peak else "",
         ]
         if with_tower:
             paper = PAPER[row["model"]].get(len(row["replaced_layers"]))
