@@ -38,13 +38,13 @@ from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
 from shortv_llava.package import replacing_file
 
-ALIGNMENT = {"steps": 400, "lr": 1e-3, "pictures": 64}  # a step
-STAGE2 = {"steps": 120, "lr": 1e-3, "pictures": 3}
-ALONE, MORE = 40, 12  # steps of stage 2 with one object a picture; and steps before one more is allowed
+ALIGNMENT = {"steps": 600, "lr": 1e-3, "pictures": 64}  # a step
+STAGE2 = {"steps": 500, "lr": 1e-3, "pictures": 3}
+ALONE, MORE = 80, 30  # steps of stage 2 with one object a picture; and steps before one more is allowed
 FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 3}
 LONGER = {"steps": 80, "lr": 4e-4, "pictures": 2}
 SCALE = 8  # of the projected tokens' norm, in the run that scales them
-MILESTONES = 40  # steps of stage 2 between two
+MILESTONES = 100  # steps of stage 2 between two
 SAVE_EVERY = 10
 QUESTIONS = 12  # about each picture
 CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
