@@ -51,11 +51,12 @@ def compare(stock: Callable[[], object], ours: Callable[[], object], pairs: int,
     return Comparison(*medians, statistics.median(ratios), (quartiles[0], quartiles[2]))
 
 
-def compare_memory(stock: Callable[[], object], ours: Callable[[], object], device, runs=5) -> dict[str, float] | None:
-    """Peak bytes of each, medians of runs in turns: on a CPU, one run's depends on what the heap has kept. None where
-    the system does not tell."""
+def compare_memory(stock: Callable[[], object], ours: Callable[[], object], device) -> dict[str, float] | None:
+    """Peak bytes of each, None where the system does not tell. On a CPU medians of five runs in turns, for one run's
+    depends on what the heap has kept; on a GPU of one, which is exact."""
     if device.type != "cuda" and not sys.platform.startswith("linux"):
         return None
+    runs = 1 if device.type == "cuda" else 5
     peaks = [(_peak_memory(stock, device), _peak_memory(ours, device)) for _ in range(runs)]
     return dict(zip(("stock", "ours"), map(statistics.median, zip(*peaks))))
 
