@@ -149,6 +149,14 @@ def rotate(states, cos, sin):
     return rotated
 
 
+def in_parts(work, *states):
+    """`work` of (..., N, :) tensors, on a CPU some hundred tokens at a time: the caches hold them between its steps."""
+    num_parts = states[0].shape[-2] // 512 if states[0].device.type == "cpu" else 1
+    if num_parts <= 1:
+        return work(*states)
+    return torch.cat([work(*part) for part in zip(*(whole.chunk(num_parts, dim=-2) for whole in states))], dim=-2)
+
+
 def append(cache, key, value, layer, cache_kwargs):
     """`cache.update`, but what a growing cache begins with is kept as it is, where that would copy it."""
     entry = cache.layers[layer] if layer < len(cache.layers) else None
@@ -183,8 +191,11 @@ class ShortVAttentionMixin:
         def heads(states):
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        key = rotate(heads(self.k_proj(hidden_states)), *position_embeddings)
-        value = heads(self.v_proj(hidden_states))
+        def project_key(states, cos, sin):
+            return rotate(heads(self.k_proj(states)), cos, sin)
+
+        key = in_parts(project_key, hidden_states, *position_embeddings)
+        value = in_parts(lambda states: heads(self.v_proj(states)), hidden_states)
         if past_key_values is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
             key, value = append(past_key_values, key, value, self.layer_idx, cache_kwargs)
