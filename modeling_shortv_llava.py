@@ -150,7 +150,7 @@ def rotate(states, cos, sin):
 
 
 def in_parts(work, *states):
-    """`work` of (..., N, :) tensors, on a CPU some hundred tokens at a time: the caches hold them between its steps."""
+    """`work` of (..., N, :) tensors, on a CPU 512 to 1,023 tokens at a time: the processor's cache holds that many."""
     num_parts = states[0].shape[-2] // 512 if states[0].device.type == "cpu" else 1
     if num_parts <= 1:
         return work(*states)
