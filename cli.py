@@ -185,11 +185,21 @@ def calibrate(
     """
     from typing import get_args
 
+    from accelerate import PartialState
+
     from shortv_llava.calibrate.contribution import Direction, Tokens
     from shortv_llava.calibrate.run import Choice
     from shortv_llava.calibrate.run import calibrate as run
     from shortv_llava.calibrate.samples import load_samples
-    from shortv_llava.package import check_output, find_checkpoint, load_model, load_processor, own_device, read_config
+    from shortv_llava.package import (
+        check_output,
+        find_checkpoint,
+        leave_processes,
+        load_model,
+        load_processor,
+        own_device,
+        read_config,
+    )
 
     data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
     for name, values, known in (("--direction", [direction], Direction), ("--tokens", tokens, Tokens)):
@@ -226,7 +236,8 @@ def calibrate(
         overwrite,
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
-    typer.echo(f"wrote {output}: {frozen}")
+    PartialState().print(f"wrote {output}: {frozen}")
+    leave_processes()
 
 
 @app.command()
@@ -344,6 +355,7 @@ def evaluate(
         shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
     """
     from shortv_llava.evaluation.command import Data, run
+    from shortv_llava.package import leave_processes
 
     run(
         model,
@@ -366,6 +378,7 @@ def evaluate(
         top_p=top_p,
         seed=seed,
     )
+    leave_processes()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -458,6 +458,17 @@ def own_device() -> dict:
     return {"": PartialState().device}
 
 
+def leave_processes() -> None:
+    """Part from the other processes, if any, at the end of a command.
+
+    A thread of the process group that lets go of a tensor while the interpreter ends aborts the process
+    (pytorch/pytorch#190489), and the launcher then reports a run as failed that has written everything.
+    """
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
 class Loaded(NamedTuple):
     """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from processes import leave
 from torch.distributed.fsdp import FSDPModule
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
@@ -59,5 +60,4 @@ accelerator.load_state(state_folder)
 result["resumed"] = train(model, optimizer, batches[2:])
 if accelerator.is_main_process:
     torch.save(result, output_file)
-accelerator.wait_for_everyone()  # what a slower process still exchanges must not meet an interpreter that is ending
-accelerator.end_training()
+leave()

@@ -124,6 +124,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "shortv_llava.calibrate"]
     done = run(two, launch=launch)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
     np.testing.assert_allclose(read(two)["lc_scores"], read(one)["lc_scores"], rtol=0, atol=1e-9)
     assert read(two)["replaced_layers"] == read(one)["replaced_layers"]
 

@@ -20,6 +20,20 @@ def shortv(*arguments, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, **settings)
 
 
+def shortv_in_a_process_group(*arguments) -> subprocess.CompletedProcess:
+    """As a launcher runs it; says at its end whether the process still is in the group."""
+    script = """
+import atexit, torch
+from shortv_llava.cli import main
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized()))
+main()
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 def assert_fails(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
     """One line on standard error with these words, no traceback."""
     assert done.returncode == code, done.stderr
@@ -44,6 +58,18 @@ def questions(tmp_path) -> Path:
     lines = [f'{{"question_id": {i}, "image": "red.png", "text": "Is it red?", "answer": "yes"}}\n' for i in (7, 8)]
     (folder / "questions.jsonl").write_text("".join(lines))
     return folder
+
+
+def test_launched_commands_leave_their_process_group(questions, tmp_path):
+    sources = ("--questions", questions / "questions.jsonl", "--images", questions / "images")
+    data = ("--data", "shapes", "--samples", 1, "--held-out", 1, "--dtype", "float32")
+    for command in (
+        ("evaluate", CHECKPOINT, *sources, "--max-new-tokens", 1, "--output", tmp_path / "answers"),
+        ("calibrate", CHECKPOINT, *data, "--output", tmp_path / "package"),
+    ):
+        done = shortv_in_a_process_group(*command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("in a group: False\n"), done.stdout
 
 
 def test_package_from_given_layers(tmp_path):
