@@ -64,11 +64,13 @@ class FrozenTokens:
         frozen (`torch.BoolTensor` of shape `(B, S)`, on the CPU): which tokens.
         attention_layers, ffn_layers (`Collection[int]`): layers in which attention and FFN are frozen for them.
         keep_apart (`bool`): whether consecutive layers with these frozen tokens may exchange [`Streams`].
+        weights_asked (`bool`): whether somebody reads attention weights, (B, heads, S, keys) of each layer.
         device: of the hidden states.
     """
 
-    def __init__(self, frozen, attention_layers, ffn_layers, keep_apart, device):
-        self.attention_layers, self.ffn_layers, self.keep_apart = attention_layers, ffn_layers, keep_apart
+    def __init__(self, frozen, attention_layers, ffn_layers, keep_apart, weights_asked, device):
+        self.attention_layers, self.ffn_layers = attention_layers, ffn_layers
+        self.keep_apart, self.weights_asked = keep_apart, weights_asked
         self.length = frozen.shape[1]
         num_computed = (~frozen).sum(dim=1)
         length = max(1, int(num_computed.max()))  # attention takes no empty sequence
@@ -213,7 +215,7 @@ class ShortVAttentionMixin:
             part = query[:, :, start:stop], key[:, :, :end], value[:, :, :end], mask[:, :, start:stop, :end]
             update, weights = attend(self, *part, dropout=dropout, scaling=self.scaling, **kwargs)
             updates.append(update)
-            if weights is not None:  # eager attention's
+            if weights is not None and tokens.weights_asked:  # eager attention's
                 attentions.append(nn.functional.pad(weights.transpose(1, 2), (0, mask.shape[-1] - end)))
         weights = tokens.spread(torch.cat(attentions, dim=1)).transpose(1, 2) if attentions else None
         return self.o_proj(torch.cat(updates, dim=1).flatten(2)), weights
@@ -340,17 +342,17 @@ class ShortVModelMixin:
         frozen = visual
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # nobody reads padding
             frozen = visual | (attention_mask[:, -visual.shape[1] :] == 0).cpu()
-        recording = any(
+        states_asked, weights_asked = (
             kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
-        keep_apart = not torch.is_grad_enabled() and not recording
-        tokens = FrozenTokens(frozen, attention_layers, ffn_layers, keep_apart, device)
+        keep_apart = not (torch.is_grad_enabled() or states_asked or weights_asked)
+        tokens = FrozenTokens(frozen, attention_layers, ffn_layers, keep_apart, weights_asked, device)
         by_layer = dict.fromkeys(attention_layers | ffn_layers, tokens)
         if keep_apart and num_logits and not visual[:, -num_logits:].any():
             last, unread = self.config.text_config.num_hidden_layers - 1, torch.ones_like(frozen)
             unread[:, -num_logits:] = False
-            by_layer[last] = FrozenTokens(unread, {last}, {last}, keep_apart, device)
+            by_layer[last] = FrozenTokens(unread, {last}, {last}, keep_apart, weights_asked, device)
         return by_layer
 
     def visual_positions(self, input_ids, inputs_embeds):

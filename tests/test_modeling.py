@@ -186,6 +186,20 @@ def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
         torch.testing.assert_close(ours_weights.transpose(1, 2)[real], stock_weights.transpose(1, 2)[real], **CLOSE)
 
 
+@torch.no_grad()
+def test_eager_attention_makes_no_full_weights_unasked():
+    """(B, heads, S, keys) for a few computed queries would cost more than the attention of all."""
+    ours = copy.deepcopy(tiny.pair(attn_implementation="eager")[1])
+    ours.set_replaced_layers([2, 1])
+    made = {}
+    for layer in ours.model.language_model.layers:
+        layer.self_attn.register_forward_hook(
+            lambda module, inputs, output: made.update({module.layer_idx: output[1] is not None})
+        )
+    ours(**tiny.batch(ours, "llava", LAYOUTS["one image each"]))
+    assert not made[1] and not made[2]
+
+
 @pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
 @pytest.mark.parametrize("kept", [1, 3, 100])
 @torch.no_grad()
