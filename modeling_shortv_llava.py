@@ -9,6 +9,7 @@ Shapes below: B rows, S tokens a row, of which T are computed and F = S - T froz
 
 import copy
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Streams(NamedTuple):
 
     whole: torch.Tensor  # (B, S, h), out of date where tokens are computed
     computed: torch.Tensor  # (B, T, h)
+    normalized: torch.Tensor | None  # `whole` divided by its rows' root mean squares, where layers share that
 
 
 class FrozenTokens:
@@ -103,6 +105,12 @@ class FrozenTokens:
         """(B, S, ...) with the computed tokens' rows replaced by (B, T, ...)."""
         return states.index_put((self.row, self.index), computed)
 
+    def norm(self, norm, whole, computed):
+        """A layer norm of all tokens (B, S, h), the computed ones' states being in (B, T, h)."""
+        normed = norm(whole)
+        normed[self.row, self.index] = norm(computed)
+        return normed
+
     def drop(self, update):
         """Zero the updates (B, T, h) of the frozen tokens that fill up uneven rows."""
         return update if self.dropped is None else update.masked_fill(self.dropped, 0)
@@ -151,14 +159,6 @@ def rotate(states, cos, sin):
     return rotated
 
 
-def in_parts(work, *states):
-    """`work` of (..., N, :) tensors, on a CPU 512 to 1,023 tokens at a time: the processor's cache holds that many."""
-    num_parts = states[0].shape[-2] // 512 if states[0].device.type == "cpu" else 1
-    if num_parts <= 1:
-        return work(*states)
-    return torch.cat([work(*part) for part in zip(*(whole.chunk(num_parts, dim=-2) for whole in states))], dim=-2)
-
-
 def append(cache, key, value, layer, cache_kwargs):
     """`cache.update`, but what a growing cache begins with is kept as it is, where that would copy it."""
     entry = cache.layers[layer] if layer < len(cache.layers) else None
@@ -182,22 +182,18 @@ class ShortVAttentionMixin:
         attention_mask=None,
         past_key_values=None,
         frozen_tokens=None,
+        normalized=None,
+        norm_weight=None,
         **kwargs,
     ):
-        """(B, S, h) to (B, T, h) if there are frozen tokens."""
+        """Computed tokens (B, T, h) to their updates. All tokens' keys and values are made of `normalized` (B, S, h),
+        which still lacks the layer norm's weight (1, 1, h). Without frozen tokens (B, S, h) to (B, S, h)."""
         tokens = frozen_tokens
         if tokens is None:
             kwargs.update(position_embeddings=position_embeddings, past_key_values=past_key_values)
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
 
-        def heads(states):
-            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        def project_key(states, cos, sin):
-            return rotate(heads(self.k_proj(states)), cos, sin)
-
-        key = in_parts(project_key, hidden_states, *position_embeddings)
-        value = in_parts(lambda states: heads(self.v_proj(states)), hidden_states)
+        key, value = self.keys_and_values(normalized, norm_weight, *position_embeddings)
         if past_key_values is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
             key, value = append(past_key_values, key, value, self.layer_idx, cache_kwargs)
@@ -206,7 +202,7 @@ class ShortVAttentionMixin:
         num_keys = tokens.length if unmasked else key.shape[2]
         sliding_window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         mask, rotary = tokens.attention_inputs(attention_mask, position_embeddings, num_keys, sliding_window)
-        query = rotate(heads(self.q_proj(tokens.take(hidden_states))), *rotary)
+        query = rotate(self.heads(self.q_proj(hidden_states)), *rotary)
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         updates, attentions = [], []
@@ -220,6 +216,24 @@ class ShortVAttentionMixin:
         weights = tokens.spread(torch.cat(attentions, dim=1)).transpose(1, 2) if attentions else None
         return self.o_proj(torch.cat(updates, dim=1).flatten(2)), weights
 
+    def heads(self, states):
+        """(B, N, heads * head size) to (B, heads, N, head size)."""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_and_values(self, normalized, norm_weight, cos, sin):
+        """Each (B, key heads, S, head size). On a CPU made of at most 1,024 tokens at a time, which its cache holds."""
+
+        def project(normalized, cos, sin):
+            states = normalized * norm_weight
+            return rotate(self.heads(self.k_proj(states)), cos, sin), self.heads(self.v_proj(states))
+
+        num_parts = math.ceil(normalized.shape[1] / 1024) if normalized.device.type == "cpu" else 1
+        if num_parts == 1:
+            return project(normalized, cos, sin)
+        parts = zip(*(whole.chunk(num_parts, dim=1) for whole in (normalized, cos, sin)))
+        keys, values = zip(*(project(*part) for part in parts))
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
 
 class ShortVDecoderLayerMixin:
     """A decoder layer in which attention, FFN or both may be frozen for some tokens; otherwise the stock layer."""
@@ -231,28 +245,34 @@ class ShortVDecoderLayerMixin:
             return super().forward(hidden_states, **kwargs)
 
         if isinstance(hidden_states, Streams):
-            whole, computed = hidden_states
+            whole, computed, normalized = hidden_states
         else:
-            whole, computed = hidden_states, tokens.take(hidden_states)
+            whole, computed, normalized = hidden_states, tokens.take(hidden_states), None
         if layer in tokens.attention_layers:
-            normed = self.input_layernorm(whole)
-            normed[tokens.row, tokens.index] = self.input_layernorm(computed)
-            update, _ = self.self_attn(normed, frozen_tokens=tokens, **kwargs)
+            if normalized is None:
+                normalized = self.normalize(whole)
+            asking = self.normalize(computed)
+            normalized[tokens.row, tokens.index] = asking
+            # Of a constant row the norm makes its weight, wherever that is kept.
+            weight = self.input_layernorm(computed.new_full((1, 1, computed.shape[-1]), 1024))
+            kwargs |= {"normalized": normalized, "norm_weight": weight}
+            update, _ = self.self_attn(asking * weight, frozen_tokens=tokens, **kwargs)
             computed = computed + tokens.drop(update)
         else:
-            if isinstance(hidden_states, Streams):
-                whole = tokens.put(whole, computed)
-            whole = whole + self.self_attn(self.input_layernorm(whole), **kwargs)[0]
-            computed = tokens.take(whole)
+            update, _ = self.self_attn(tokens.norm(self.input_layernorm, whole, computed), **kwargs)
+            whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if layer in tokens.ffn_layers:
             computed = computed + tokens.drop(self.mlp(self.post_attention_layernorm(computed)))
         else:
-            whole = tokens.put(whole, computed)
-            whole = whole + self.mlp(self.post_attention_layernorm(whole))
-            computed = tokens.take(whole)
+            update = self.mlp(tokens.norm(self.post_attention_layernorm, whole, computed))
+            whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if tokens.keep_apart and frozen_tokens.get(layer + 1) is tokens:
-            return Streams(whole, computed)
+            return Streams(whole, computed, normalized)
         return tokens.put(whole, computed)
+
+    def normalize(self, states):
+        """The input norm without its weight, which is all that differs between layers with the same states."""
+        return nn.functional.rms_norm(states, states.shape[-1:], eps=self.self_attn.config.rms_norm_eps)
 
 
 class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):

@@ -82,6 +82,9 @@ def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa
     torch.manual_seed(0)
     settings = (family, backbone, kv_heads, attn_implementation)
     stock = stock_class(stock_config(**config_dict(*settings, **text))).eval()
+    for name, weight in stock.named_parameters():
+        if name.endswith("norm.weight"):  # ones, as they begin, would hide that a layer takes another's
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
     ours = our_class(our_config(**config_dict(*settings, **text))).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
