@@ -9,7 +9,6 @@ Shapes below: B rows, S tokens a row, of which T are computed and F = S - T froz
 
 import copy
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -223,16 +222,21 @@ class ShortVAttentionMixin:
     def keys_and_values(self, normalized, norm_weight, cos, sin):
         """Each (B, key heads, S, head size). On a CPU made of at most 1,024 tokens at a time, which its cache holds."""
 
-        def project(normalized, cos, sin):
-            states = normalized * norm_weight
-            return rotate(self.heads(self.k_proj(states)), cos, sin), self.heads(self.v_proj(states))
+        def project(part):
+            states = normalized[:, part] * norm_weight
+            key = rotate(self.heads(self.k_proj(states)), cos[:, part], sin[:, part])
+            return key, self.heads(self.v_proj(states))
 
-        num_parts = math.ceil(normalized.shape[1] / 1024) if normalized.device.type == "cpu" else 1
-        if num_parts == 1:
-            return project(normalized, cos, sin)
-        parts = zip(*(whole.chunk(num_parts, dim=1) for whole in (normalized, cos, sin)))
-        keys, values = zip(*(project(*part) for part in parts))
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        length = normalized.shape[1]
+        if normalized.device.type != "cpu" or length <= 1024:
+            return project(slice(None))
+        for start in range(0, length, 1024):
+            part = slice(start, start + 1024)
+            made = project(part)
+            if start == 0:
+                key, value = (states.new_empty(*states.shape[:2], length, self.head_dim) for states in made)
+            key[:, :, part], value[:, :, part] = made
+        return key, value
 
 
 class ShortVDecoderLayerMixin:
