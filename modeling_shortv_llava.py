@@ -257,7 +257,7 @@ class ShortVDecoderLayerMixin:
                 normalized = self.normalize(whole)
             asking = self.normalize(computed)
             normalized[tokens.row, tokens.index] = asking
-            # Of a constant row the norm makes its weight, wherever that is kept.
+            # Of a constant row, large beside epsilon, the norm makes its weight, wherever that is kept.
             weight = self.input_layernorm(computed.new_full((1, 1, computed.shape[-1]), 1024))
             kwargs |= {"normalized": normalized, "norm_weight": weight}
             update, _ = self.self_attn(asking * weight, frozen_tokens=tokens, **kwargs)
