@@ -76,15 +76,17 @@ class FrozenTokens:
         num_computed = (~frozen).sum(dim=1)
         length = max(1, int(num_computed.max()))  # attention takes no empty sequence
         index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
-        ends = index.amax(dim=0).cummax(dim=0).values + 1
-        stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
-        # Text around images, as (start, stop, end): computed tokens start:stop see none of the sequence from end on.
-        self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
+        # As (start, stop, end): computed tokens start:stop see none of the sequence from end on.
+        self.segments = [(0, length, self.length)]
+        if device.type == "cpu":  # text around images apart; elsewhere a launch costs more than the keys it spares
+            ends = index.amax(dim=0).cummax(dim=0).values + 1
+            stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
+            self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
         self.row = torch.arange(len(frozen), device=device)[:, None]
         self.index = index.to(device)
         even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
-        self.made_from, self.inputs = (None, None, None), None
+        self.rotary_made = self.mask_made = None, None
         self.on_device = {device: self}
 
     def to(self, device, **kwargs):
@@ -94,6 +96,7 @@ class FrozenTokens:
             moved = self.on_device[device] = copy.copy(self)
             moved.row, moved.index = self.row.to(device), self.index.to(device)
             moved.dropped = None if self.dropped is None else self.dropped.to(device)
+            moved.rotary_made = moved.mask_made = None, None
         return self.on_device[device]
 
     def take(self, states):
@@ -119,42 +122,51 @@ class FrozenTokens:
         rows = self.drop(computed.flatten(2))
         return self.put(rows.new_zeros(len(rows), self.length, rows.shape[2]), rows).unflatten(2, computed.shape[2:])
 
-    def attention_inputs(self, attention_mask, position_embeddings, num_keys, sliding_window):
-        """The computed tokens' rows of mask, as SDPA takes it, and of rotary embeddings; made once a pass."""
-        made_from = attention_mask, position_embeddings[0], sliding_window
-        if any(new is not old for new, old in zip(made_from, self.made_from)):
-            num_rows = len(self.row)
+    def rotary(self, position_embeddings):
+        """Rotary embeddings of all tokens and of the computed ones, as [`rotate`] takes them; made once a pass."""
+        made_from, made = self.rotary_made
+        if position_embeddings[0] is not made_from:
+            cos, sin = (part.expand(len(self.row), -1, -1).unsqueeze(2) for part in position_embeddings)
+            rotary = cos, *sin.chunk(2, dim=-1)
+            made = rotary, [self.take(part) for part in rotary]
+            self.rotary_made = position_embeddings[0], made
+        return made
+
+    def mask(self, attention_mask, num_keys, sliding_window, dtype):
+        """The computed tokens' rows of the mask, (B, 1, T, keys), as SDPA takes it; made once a pass."""
+        made_from, made = self.mask_made
+        if made is None or attention_mask is not made_from[0] or sliding_window != made_from[1]:
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
-                mask = attention_mask.expand(num_rows, -1, -1, -1).transpose(1, 2)
-                mask = self.take(mask).transpose(1, 2)
+                made = attention_mask.expand(len(self.row), -1, -1, -1).transpose(1, 2)
+                made = self.take(made).transpose(1, 2)
             elif isinstance(attention_mask, BlockMask):
 
                 def computed(row, head, query, key):
                     return attention_mask.mask_mod(row, head, self.index[row, query], key)
 
-                mask = create_mask(computed, num_rows, 1, self.index.shape[1], num_keys, self.row.device)
+                made = create_mask(computed, len(self.row), 1, self.index.shape[1], num_keys, self.row.device)
             else:  # plain causal attention, or a flash kernel's (B, keys)
-                key = torch.arange(num_keys, device=self.row.device)
+                position = torch.arange(num_keys, device=self.row.device)
                 query = self.index[:, None, :, None] + num_keys - self.length
-                mask = key <= query
+                made = position <= query
                 if sliding_window is not None:
-                    mask &= key > query - sliding_window
+                    made &= position > query - sliding_window
                 if attention_mask is not None:
-                    mask &= attention_mask[:, None, None, -num_keys:].bool()
-            if mask.dtype == torch.bool:  # SDPA would do this in every layer
-                dtype = position_embeddings[0].dtype
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-            rotary = [self.take(part.expand(num_rows, -1, -1)) for part in position_embeddings]
-            self.made_from, self.inputs = made_from, (mask, rotary)
-        return self.inputs
+                    made &= attention_mask[:, None, None, -num_keys:].bool()
+            if made.dtype == torch.bool:  # SDPA would do this in every layer
+                made = torch.zeros_like(made, dtype=dtype).masked_fill(~made, torch.finfo(dtype).min)
+            # On a GPU it would also copy, in every layer, a mask whose rows do not begin at multiples of 8.
+            made = nn.functional.pad(made, (0, -made.shape[-1] % 8))[..., : made.shape[-1]]
+            self.mask_made = (attention_mask, sliding_window), made
+        return made
 
 
-def rotate(states, cos, sin):
-    """Rotary embedding of (B, heads, N, head size) by (B, N, head size) twice, with no copies of the halves."""
-    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), states.shape[-1] // 2
-    rotated = states * cos
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+def rotate(states, cos, sin_first, sin_second):
+    """Rotary embedding of (B, N, heads, head size), with no copies of the halves."""
+    rotated, (first, second) = states * cos, states.chunk(2, dim=-1)
+    half = first.shape[-1]
+    rotated[..., :half].addcmul_(second, sin_first, value=-1)
+    rotated[..., half:].addcmul_(first, sin_second)
     return rotated
 
 
@@ -163,8 +175,8 @@ def append(cache, key, value, layer, cache_kwargs):
     entry = cache.layers[layer] if layer < len(cache.layers) else None
     if type(entry) is not DynamicLayer or entry.is_initialized or cache.offloading:
         return cache.update(key, value, layer, cache_kwargs)
-    entry.update(key[:, :, :0], value[:, :, :0])  # what it notes besides keys and values differs between versions
-    entry.keys, entry.values = key, value
+    entry.keys, entry.values, entry.is_initialized = key, value, True
+    entry.dtype, entry.device = key.dtype, key.device
     return key, value
 
 
@@ -173,6 +185,8 @@ class ShortVAttentionMixin:
 
     The few queries left attend through SDPA, which takes any mask, where the model uses flash or flex kernels.
     """
+
+    sliding_window = None
 
     def forward(
         self,
@@ -192,16 +206,16 @@ class ShortVAttentionMixin:
             kwargs.update(position_embeddings=position_embeddings, past_key_values=past_key_values)
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
 
-        key, value = self.keys_and_values(normalized, norm_weight, *position_embeddings)
+        rotary, computed_rotary = tokens.rotary(position_embeddings)
+        key, value = self.keys_and_values(normalized, norm_weight, *rotary)
         if past_key_values is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
             key, value = append(past_key_values, key, value, self.layer_idx, cache_kwargs)
         implementation = self.config._attn_implementation
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
-        sliding_window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        mask, rotary = tokens.attention_inputs(attention_mask, position_embeddings, num_keys, sliding_window)
-        query = rotate(self.heads(self.q_proj(hidden_states)), *rotary)
+        mask = tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
+        query = rotate(self.heads(self.q_proj(hidden_states)), *computed_rotary).transpose(1, 2)
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         updates, attentions = [], []
@@ -213,19 +227,20 @@ class ShortVAttentionMixin:
             if weights is not None and tokens.weights_asked:  # eager attention's
                 attentions.append(nn.functional.pad(weights.transpose(1, 2), (0, mask.shape[-1] - end)))
         weights = tokens.spread(torch.cat(attentions, dim=1)).transpose(1, 2) if attentions else None
-        return self.o_proj(torch.cat(updates, dim=1).flatten(2)), weights
+        update = torch.cat(updates, dim=1) if len(updates) > 1 else updates[0]
+        return self.o_proj(update.flatten(2)), weights
 
     def heads(self, states):
-        """(B, N, heads * head size) to (B, heads, N, head size)."""
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """(B, N, heads * head size) to (B, N, heads, head size)."""
+        return states.unflatten(-1, (-1, self.head_dim))
 
-    def keys_and_values(self, normalized, norm_weight, cos, sin):
+    def keys_and_values(self, normalized, norm_weight, *rotary):
         """Each (B, key heads, S, head size). On a CPU made of at most 1,024 tokens at a time, which its cache holds."""
 
         def project(part):
             states = normalized[:, part] * norm_weight
-            key = rotate(self.heads(self.k_proj(states)), cos[:, part], sin[:, part])
-            return key, self.heads(self.v_proj(states))
+            key = rotate(self.heads(self.k_proj(states)), *(rows[:, part] for rows in rotary))
+            return key.transpose(1, 2), self.heads(self.v_proj(states)).transpose(1, 2)
 
         length = normalized.shape[1]
         if normalized.device.type != "cpu" or length <= 1024:
@@ -255,10 +270,8 @@ class ShortVDecoderLayerMixin:
         if layer in tokens.attention_layers:
             if normalized is None:
                 normalized = self.normalize(whole)
-            asking = self.normalize(computed)
+            asking, weight = self.normalize(computed), self.norm_weight(self.input_layernorm, computed)
             normalized[tokens.row, tokens.index] = asking
-            # Of a constant row, large beside epsilon, the norm makes its weight, wherever that is kept.
-            weight = self.input_layernorm(computed.new_full((1, 1, computed.shape[-1]), 1024))
             kwargs |= {"normalized": normalized, "norm_weight": weight}
             update, _ = self.self_attn(asking * weight, frozen_tokens=tokens, **kwargs)
             computed = computed + tokens.drop(update)
@@ -266,7 +279,8 @@ class ShortVDecoderLayerMixin:
             update, _ = self.self_attn(tokens.norm(self.input_layernorm, whole, computed), **kwargs)
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if layer in tokens.ffn_layers:
-            computed = computed + tokens.drop(self.mlp(self.post_attention_layernorm(computed)))
+            weight = self.norm_weight(self.post_attention_layernorm, computed)
+            computed = computed + tokens.drop(self.mlp(self.normalize(computed) * weight))
         else:
             update = self.mlp(tokens.norm(self.post_attention_layernorm, whole, computed))
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
@@ -275,8 +289,16 @@ class ShortVDecoderLayerMixin:
         return tokens.put(whole, computed)
 
     def normalize(self, states):
-        """The input norm without its weight, which is all that differs between layers with the same states."""
+        """A norm without its weight, which is all that differs between layers with the same states."""
         return nn.functional.rms_norm(states, states.shape[-1:], eps=self.self_attn.config.rms_norm_eps)
+
+    def norm_weight(self, norm, states):
+        """A norm's weight (h). Kept elsewhere (offloaded, partitioned, in a wrapper), it is what the norm makes of a
+        constant row that is large beside epsilon."""
+        weight = norm._parameters.get("weight")
+        if weight is None or weight.is_meta or weight.shape != states.shape[-1:]:
+            weight = norm(states.new_full((1, states.shape[-1]), 1024))[0]
+        return weight
 
 
 class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):
@@ -284,7 +306,9 @@ class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):
 
 
 class ShortVMistralAttention(ShortVAttentionMixin, MistralAttention):
-    pass
+    @property
+    def sliding_window(self):
+        return getattr(self.config, "sliding_window", None)
 
 
 class ShortVQwen2Attention(ShortVAttentionMixin, Qwen2Attention):
@@ -383,7 +407,7 @@ class ShortVModelMixin:
         """(B, S), true where LLaVA puts features of images and videos: the placeholders, in ids or in embeddings."""
         placeholders = [self.config.image_token_id, getattr(self.config, "video_token_id", self.config.image_token_id)]
         if input_ids is not None:
-            return torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
+            return torch.stack([input_ids == token for token in placeholders]).any(dim=0)
         embedded = self.get_input_embeddings()(torch.tensor(placeholders, device=inputs_embeds.device))
         return (inputs_embeds.unsqueeze(-2) == embedded).all(dim=-1).any(dim=-1)
 

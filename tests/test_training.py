@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from peft import LNTuningConfig, get_peft_model
 from processes import torchrun
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -196,6 +197,20 @@ def test_lora_trains_the_language_models_layers_alone():
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, merged[name])}
     projections = {name for name in before if "language_model" in name and "_proj" in name}
     assert changed == projections
+
+
+def test_tuned_norms_are_the_ones_that_count():
+    """PEFT wraps the norms that it tunes and keeps the checkpoint's beside: a layer must not read those."""
+    _, ours = models()
+    inputs = tiny.batch(ours, "llava", LAYOUT)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    model = get_peft_model(ours, LNTuningConfig(target_modules=norms)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        tuned = model(**inputs).logits
+        torch.testing.assert_close(model.merge_and_unload()(**inputs).logits, tuned, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
