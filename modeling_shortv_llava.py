@@ -188,29 +188,31 @@ class ShortVAttentionMixin:
 
     sliding_window = None
 
-    def forward(
+    def forward(self, hidden_states, *args, frozen_tokens=None, **kwargs):
+        """(B, S, h) to (B, S, h). With frozen tokens (B, T, h) to (B, T, h), see [`updates`]."""
+        if frozen_tokens is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        kwargs.setdefault("cache", kwargs.pop("past_key_values", None))  # its name before transformers 5.24
+        return self.updates(hidden_states, frozen_tokens, **kwargs)
+
+    def updates(
         self,
         hidden_states,
-        position_embeddings=None,
+        tokens,
+        normalized,
+        norm_weight,
+        position_embeddings,
         attention_mask=None,
-        past_key_values=None,
-        frozen_tokens=None,
-        normalized=None,
-        norm_weight=None,
+        cache=None,
         **kwargs,
     ):
-        """Computed tokens (B, T, h) to their updates. All tokens' keys and values are made of `normalized` (B, S, h),
-        which still lacks the layer norm's weight (1, 1, h). Without frozen tokens (B, S, h) to (B, S, h)."""
-        tokens = frozen_tokens
-        if tokens is None:
-            kwargs.update(position_embeddings=position_embeddings, past_key_values=past_key_values)
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
-
+        """The computed tokens' updates (B, T, h), of their normed states (B, T, h). All tokens' keys and values are made
+        of `normalized` (B, S, h), which still lacks the layer norm's weight (h)."""
         rotary, computed_rotary = tokens.rotary(position_embeddings)
         key, value = self.keys_and_values(normalized, norm_weight, *rotary)
-        if past_key_values is not None:
+        if cache is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
-            key, value = append(past_key_values, key, value, self.layer_idx, cache_kwargs)
+            key, value = append(cache, key, value, self.layer_idx, cache_kwargs)
         implementation = self.config._attn_implementation
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
