@@ -206,8 +206,8 @@ class ShortVAttentionMixin:
         cache=None,
         **kwargs,
     ):
-        """The computed tokens' updates (B, T, h), of their normed states (B, T, h). All tokens' keys and values are made
-        of `normalized` (B, S, h), which still lacks the layer norm's weight (h)."""
+        """Normed states of the computed tokens (B, T, h) to their updates. All tokens' keys and values are made of
+        `normalized` (B, S, h), which still lacks the layer norm's weight (h)."""
         rotary, computed_rotary = tokens.rotary(position_embeddings)
         key, value = self.keys_and_values(normalized, norm_weight, *rotary)
         if cache is not None:

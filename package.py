@@ -7,6 +7,7 @@ every engine knows. Only checkpoints in the original LLaVA layout are converted.
 import atexit
 import errno
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -429,6 +430,14 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             first = sorted(map(str, info[kind]))[0]
             raise ShortVError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {first}")
     return model.eval()
+
+
+def cache_argument(cache) -> dict:
+    """The keyword argument by which models take a cache, `past_key_values` before transformers 5.24."""
+    from transformers import LlamaModel
+
+    named = "cache" in inspect.signature(LlamaModel.forward).parameters
+    return {"cache" if named else "past_key_values": cache}
 
 
 def load_processor(folder: Path):

@@ -61,7 +61,8 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
         answer.append(int(token))
         seconds = seconds or time.perf_counter() - began
         yield processor.decode(answer, skip_special_tokens=True).strip(), seconds, ratio
-        inputs = {"input_ids": token, "past_key_values": output.past_key_values}
+        kept = "cache" if "cache" in output else "past_key_values"  # its name before transformers 5.24
+        inputs = {"input_ids": token, kept: output[kept]}
 
 
 def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:

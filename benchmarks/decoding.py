@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.benchmarks.models import SHAPES, find_shape, make_inputs, make_pair
+from shortv_llava.package import cache_argument
 
 
 @torch.no_grad()
@@ -32,7 +33,8 @@ def main(
         config = which.config.get_text_config()
         room = length + warm_up + tokens
         cache = StaticCache(config=config, max_cache_len=room) if static else DynamicCache(config=config)
-        which(**inputs, past_key_values=cache, logits_to_keep=1)
+        cached = cache_argument(cache)
+        which(**inputs, **cached, logits_to_keep=1)
         forward = torch.compile(which.forward) if compiled else which.forward
         positions = iter(torch.arange(length, room, device=ours.device))
         mask = torch.ones(1, room, dtype=torch.long, device=ours.device)
@@ -41,8 +43,8 @@ def main(
         def step():
             position = next(positions)[None]
             seen = mask if static else mask[:, : cache.get_seq_length() + 1]
-            position_arguments = {"position_ids": position[None], "cache_position": position}
-            forward(input_ids=token, attention_mask=seen, past_key_values=cache, logits_to_keep=1, **position_arguments)
+            positioned = {"position_ids": position[None], "cache_position": position}
+            forward(input_ids=token, attention_mask=seen, logits_to_keep=1, **cached, **positioned)
 
         return step
 
