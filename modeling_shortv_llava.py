@@ -86,7 +86,7 @@ class FrozenTokens:
         self.index = index.to(device)
         even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
-        self.rotary_made = self.mask_made = None, None
+        self.rotary_made, self.masks = None, {}
         self.on_device = {device: self}
 
     def to(self, device, **kwargs):
@@ -96,7 +96,7 @@ class FrozenTokens:
             moved = self.on_device[device] = copy.copy(self)
             moved.row, moved.index = self.row.to(device), self.index.to(device)
             moved.dropped = None if self.dropped is None else self.dropped.to(device)
-            moved.rotary_made = moved.mask_made = None, None
+            moved.rotary_made, moved.masks = None, {}
         return self.on_device[device]
 
     def take(self, states):
@@ -123,46 +123,43 @@ class FrozenTokens:
         return self.put(rows.new_zeros(len(rows), self.length, rows.shape[2]), rows).unflatten(2, computed.shape[2:])
 
     def rotary(self, position_embeddings):
-        """Rotary embeddings of all tokens and of the computed ones, as [`rotate`] takes them; made once a pass."""
-        made_from, made = self.rotary_made
-        if position_embeddings[0] is not made_from:
+        """Rotary embeddings of all tokens and of the computed ones, as [`rotate`] takes them."""
+        if self.rotary_made is None:  # the same in every layer
             cos, sin = (part.expand(len(self.row), -1, -1).unsqueeze(2) for part in position_embeddings)
             rotary = cos, *sin.chunk(2, dim=-1)
-            made = rotary, [self.take(part) for part in rotary]
-            self.rotary_made = position_embeddings[0], made
-        return made
+            self.rotary_made = rotary, [self.take(part) for part in rotary]
+        return self.rotary_made
 
     def mask(self, attention_mask, num_keys, sliding_window, dtype):
-        """The computed tokens' rows of the mask, (B, 1, T, keys), as SDPA takes it; made once a pass."""
-        made_from, made = self.mask_made
-        if made is None or attention_mask is not made_from[0] or sliding_window != made_from[1]:
+        """The computed tokens' rows of the mask, (B, 1, T, keys), as SDPA takes it."""
+        if sliding_window not in self.masks:  # the same in every layer with this window
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
-                made = attention_mask.expand(len(self.row), -1, -1, -1).transpose(1, 2)
-                made = self.take(made).transpose(1, 2)
+                mask = attention_mask.expand(len(self.row), -1, -1, -1).transpose(1, 2)
+                mask = self.take(mask).transpose(1, 2)
             elif isinstance(attention_mask, BlockMask):
 
                 def computed(row, head, query, key):
                     return attention_mask.mask_mod(row, head, self.index[row, query], key)
 
-                made = create_mask(computed, len(self.row), 1, self.index.shape[1], num_keys, self.row.device)
+                mask = create_mask(computed, len(self.row), 1, self.index.shape[1], num_keys, self.row.device)
             else:  # plain causal attention, or a flash kernel's (B, keys)
-                position = torch.arange(num_keys, device=self.row.device)
+                key = torch.arange(num_keys, device=self.row.device)
                 query = self.index[:, None, :, None] + num_keys - self.length
-                made = position <= query
+                mask = key <= query
                 if sliding_window is not None:
-                    made &= position > query - sliding_window
+                    mask &= key > query - sliding_window
                 if attention_mask is not None:
-                    made &= attention_mask[:, None, None, -num_keys:].bool()
-            if made.dtype == torch.bool:  # SDPA would do this in every layer
-                made = torch.zeros_like(made, dtype=dtype).masked_fill(~made, torch.finfo(dtype).min)
+                    mask &= attention_mask[:, None, None, -num_keys:].bool()
+            if mask.dtype == torch.bool:  # SDPA would do this in every layer
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             # On a GPU it would also copy, in every layer, a mask whose rows do not begin at multiples of 8.
-            made = nn.functional.pad(made, (0, -made.shape[-1] % 8))[..., : made.shape[-1]]
-            self.mask_made = (attention_mask, sliding_window), made
-        return made
+            self.masks[sliding_window] = nn.functional.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
+        return self.masks[sliding_window]
 
 
 def rotate(states, cos, sin_first, sin_second):
-    """Rotary embedding of (B, N, heads, head size), with no copies of the halves."""
+    """Rotary embedding of (B, N, heads, head size) by cosines (B, N, 1, head size) and the halves of the sines, with no
+    copies of the states' halves."""
     rotated, (first, second) = states * cos, states.chunk(2, dim=-1)
     half = first.shape[-1]
     rotated[..., :half].addcmul_(second, sin_first, value=-1)
@@ -175,6 +172,7 @@ def append(cache, key, value, layer, cache_kwargs):
     entry = cache.layers[layer] if layer < len(cache.layers) else None
     if type(entry) is not DynamicLayer or entry.is_initialized or cache.offloading:
         return cache.update(key, value, layer, cache_kwargs)
+    # All that `lazy_initialization` notes from transformers 4.57 to 5.24, without its empty tensors.
     entry.keys, entry.values, entry.is_initialized = key, value, True
     entry.dtype, entry.device = key.dtype, key.device
     return key, value
@@ -272,7 +270,9 @@ class ShortVDecoderLayerMixin:
         if layer in tokens.attention_layers:
             if normalized is None:
                 normalized = self.normalize(whole)
-            asking, weight = self.normalize(computed), self.norm_weight(self.input_layernorm, computed)
+            asking, weight = self.normalize(computed), self.readable_weight(self.input_layernorm, computed)
+            if weight is None:  # of a constant row, large beside epsilon, the norm makes its weight
+                weight = self.input_layernorm(computed.new_full((1, computed.shape[-1]), 1024))[0]
             normalized[tokens.row, tokens.index] = asking
             kwargs |= {"normalized": normalized, "norm_weight": weight}
             update, _ = self.self_attn(asking * weight, frozen_tokens=tokens, **kwargs)
@@ -281,8 +281,10 @@ class ShortVDecoderLayerMixin:
             update, _ = self.self_attn(tokens.norm(self.input_layernorm, whole, computed), **kwargs)
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if layer in tokens.ffn_layers:
-            weight = self.norm_weight(self.post_attention_layernorm, computed)
-            computed = computed + tokens.drop(self.mlp(self.normalize(computed) * weight))
+            norm = self.post_attention_layernorm
+            weight = self.readable_weight(norm, computed)
+            normed = norm(computed) if weight is None else self.normalize(computed) * weight
+            computed = computed + tokens.drop(self.mlp(normed))
         else:
             update = self.mlp(tokens.norm(self.post_attention_layernorm, whole, computed))
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
@@ -294,13 +296,13 @@ class ShortVDecoderLayerMixin:
         """A norm without its weight, which is all that differs between layers with the same states."""
         return nn.functional.rms_norm(states, states.shape[-1:], eps=self.self_attn.config.rms_norm_eps)
 
-    def norm_weight(self, norm, states):
-        """A norm's weight (h). Kept elsewhere (offloaded, partitioned, in a wrapper), it is what the norm makes of a
-        constant row that is large beside epsilon."""
+    def readable_weight(self, norm, states):
+        """A norm's weight (h). None if the norm is to be called: with hooks, in a wrapper, offloaded or sharded."""
         weight = norm._parameters.get("weight")
-        if weight is None or weight.is_meta or weight.shape != states.shape[-1:]:
-            weight = norm(states.new_full((1, states.shape[-1]), 1024))[0]
-        return weight
+        expected = states.shape[-1:], states.dtype, states.device
+        if type(weight) is nn.Parameter and (weight.shape, weight.dtype, weight.device) == expected:
+            return None if norm._forward_hooks or norm._forward_pre_hooks else weight
+        return None
 
 
 class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):

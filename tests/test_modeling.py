@@ -53,6 +53,22 @@ def test_logits_equal_the_hooked_stock_model(model, layout, side, blocks):
     assert_close(ours(**inputs).logits, expected, inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
+@torch.no_grad()
+def test_hooks_on_norms_count(blocks):
+    pair = [copy.deepcopy(model) for model in tiny.pair()]
+    for model in pair:
+        for layer in model.model.language_model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.register_forward_hook(lambda module, args, output: output * module.weight)
+    stock, ours = pair
+    inputs = tiny.batch(stock, "llava", LAYOUTS["0, 1 and 2 images"])
+    tiny.freeze(ours, **blocks)
+    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+        expected = stock(**inputs).logits
+    assert_close(ours(**inputs).logits, expected, inputs["attention_mask"])
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
 @torch.no_grad()
