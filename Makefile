@@ -43,7 +43,7 @@ matrix:
 # Without most of what lmms-eval asks for: that is for other models, for videos and for judges.
 .venv-lmms-eval/lmms-eval: PIP = .venv-lmms-eval/bin/python -m pip install --quiet --disable-pip-version-check
 .venv-lmms-eval/lmms-eval: .venv-lmms-eval/installed constraints-lmms-eval.txt
-	$(PIP) --constraint constraints-lmms-eval.txt loguru pytablewriter pytz sacrebleu tenacity
+	$(PIP) --constraint constraints-lmms-eval.txt filelock loguru pytablewriter pytz sacrebleu tenacity
 	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
 	touch $@
 
