@@ -20,7 +20,7 @@ from transformers import (
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import load_image
-from shortv_llava.package import cache_argument, parse_layers
+from shortv_llava.package import cache_name, parse_layers
 from shortv_llava.prompts import VICUNA_SYSTEM
 
 HELP = """\
@@ -246,7 +246,7 @@ class Conversation:
         for key in pictures[0].inputs if pictures else ():  # padded, as LLaVA-NeXT cuts images into few or many patches
             inputs[key] = pad_sequence([picture.inputs[key][0] for picture in pictures], batch_first=True)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-        output = self.model(**inputs, **cache_argument(self.cache), use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, **{cache_name(): self.cache}, use_cache=True, logits_to_keep=1)
         self.cached += entries  # only now: what an interruption leaves half done is cut off later
         return output.logits[:, -1].float()
 

@@ -184,7 +184,7 @@ class ShortVAttentionMixin:
     The few queries left attend through SDPA, which takes any mask, where the model uses flash or flex kernels.
     """
 
-    sliding_window = None
+    sliding_window = None  # where a family has one, its attention says so
 
     def forward(self, hidden_states, *args, frozen_tokens=None, **kwargs):
         """(B, S, h) to (B, S, h). With frozen tokens (B, T, h) to (B, T, h), see [`updates`]."""
@@ -298,11 +298,10 @@ class ShortVDecoderLayerMixin:
 
     def readable_weight(self, norm, states):
         """A norm's weight (h). None if the norm is to be called: with hooks, in a wrapper, offloaded or sharded."""
-        weight = norm._parameters.get("weight")
+        weight, hooked = norm._parameters.get("weight"), norm._forward_hooks or norm._forward_pre_hooks
         expected = states.shape[-1:], states.dtype, states.device
-        if type(weight) is nn.Parameter and (weight.shape, weight.dtype, weight.device) == expected:
-            return None if norm._forward_hooks or norm._forward_pre_hooks else weight
-        return None
+        plain = type(weight) is nn.Parameter and (weight.shape, weight.dtype, weight.device) == expected
+        return weight if plain and not hooked else None
 
 
 class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):
@@ -312,7 +311,7 @@ class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):
 class ShortVMistralAttention(ShortVAttentionMixin, MistralAttention):
     @property
     def sliding_window(self):
-        return getattr(self.config, "sliding_window", None)
+        return self.config.sliding_window
 
 
 class ShortVQwen2Attention(ShortVAttentionMixin, Qwen2Attention):

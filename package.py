@@ -6,6 +6,7 @@ every engine knows. Only checkpoints in the original LLaVA layout are converted.
 
 import atexit
 import errno
+import functools
 import importlib.util
 import inspect
 import json
@@ -432,12 +433,12 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
     return model.eval()
 
 
-def cache_argument(cache) -> dict:
+@functools.cache
+def cache_name() -> str:
     """The keyword argument by which models take a cache, `past_key_values` before transformers 5.24."""
     from transformers import LlamaModel
 
-    named = "cache" in inspect.signature(LlamaModel.forward).parameters
-    return {"cache" if named else "past_key_values": cache}
+    return "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 def load_processor(folder: Path):

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.benchmarks.models import SHAPES, find_shape, make_inputs, make_pair
-from shortv_llava.package import cache_argument
+from shortv_llava.package import cache_name
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def main(
         config = which.config.get_text_config()
         room = length + warm_up + tokens
         cache = StaticCache(config=config, max_cache_len=room) if static else DynamicCache(config=config)
-        cached = cache_argument(cache)
+        cached = {cache_name(): cache}
         which(**inputs, **cached, logits_to_keep=1)
         forward = torch.compile(which.forward) if compiled else which.forward
         positions = iter(torch.arange(length, room, device=ours.device))

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from shortv_llava.evaluation.questions import Question, open_images
-from shortv_llava.package import cache_argument
+from shortv_llava.package import cache_name
 from shortv_llava.prompts import make_prompt
 
 
@@ -140,7 +140,7 @@ class Answerer:
         inputs.update(self._pad(beginnings))
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache()
-        self.model(**inputs, **cache_argument(cache), position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.model(**inputs, **{cache_name(): cache}, position_ids=positions, use_cache=True, logits_to_keep=1)
         answers = [""] * len(batch)
         for start in range(0, len(rests), self.batch_size):
             numbers, indices, ids = zip(*rests[start : start + self.batch_size])
@@ -154,7 +154,7 @@ class Answerer:
             for layer, states in enumerate(cache.layers):
                 copied.update(of_rows(states.keys), of_rows(states.values), layer)
             joined = {key: torch.cat([inputs[key][indices], tail[key]], dim=1) for key in tail}
-            for number, answer in zip(numbers, self._generate(joined, **cache_argument(copied))):
+            for number, answer in zip(numbers, self._generate(joined, **{cache_name(): copied})):
                 answers[number] = answer
         return Answered(answers, prompted, prefilled)
 
