@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import (
     LlavaForConditionalGeneration,
@@ -76,14 +77,16 @@ class FrozenTokens:
         num_computed = (~frozen).sum(dim=1)
         length = max(1, int(num_computed.max()))  # attention takes no empty sequence
         index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
-        # As (start, stop, end): computed tokens start:stop see none of the sequence from end on.
-        self.segments = [(0, length, self.length)]
-        if device.type == "cpu":  # text around images apart; elsewhere a launch costs more than the keys it spares
-            ends = index.amax(dim=0).cummax(dim=0).values + 1
-            stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
-            self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
-        self.row = torch.arange(len(frozen), device=device)[:, None]
-        self.index = index.to(device)
+        # Text around images apart, as (start, stop, end): computed tokens start:stop see none of the sequence from end on.
+        ends = index.amax(dim=0).cummax(dim=0).values + 1
+        stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
+        self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
+        # On a GPU each is a launch, which pays where many keys wait for a kernel that shares them out: one without mask.
+        self.causal = device.type != "cpu" and self.length >= 1024 * len(stops) and bool((index == index[0]).all())
+        if device.type != "cpu" and not self.causal:
+            self.segments = [(0, length, self.length)]
+        first = torch.arange(len(frozen))[:, None] * self.length
+        self.shape, self.index = index.shape, (first + index).flatten().to(device)  # in the rows' tokens one after another
         even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
         self.rotary_made, self.masks = None, {}
@@ -94,24 +97,24 @@ class FrozenTokens:
         device = torch.device(device)
         if device not in self.on_device:
             moved = self.on_device[device] = copy.copy(self)
-            moved.row, moved.index = self.row.to(device), self.index.to(device)
+            moved.index = self.index.to(device)
             moved.dropped = None if self.dropped is None else self.dropped.to(device)
             moved.rotary_made, moved.masks = None, {}
         return self.on_device[device]
 
     def take(self, states):
         """The computed tokens' rows (B, T, ...) of (B, S, ...)."""
-        return states[self.row, self.index]
+        return states.flatten(0, 1).index_select(0, self.index).unflatten(0, self.shape)
 
     def put(self, states, computed):
         """(B, S, ...) with the computed tokens' rows replaced by (B, T, ...)."""
-        return states.index_put((self.row, self.index), computed)
+        return states.flatten(0, 1).index_copy(0, self.index, computed.flatten(0, 1)).view(states.shape)
 
-    def norm(self, norm, whole, computed):
-        """A layer norm of all tokens (B, S, h), the computed ones' states being in (B, T, h)."""
-        normed = norm(whole)
-        normed[self.row, self.index] = norm(computed)
-        return normed
+    def insert(self, states, computed):
+        """The same in place, where `states` are new."""
+        states = states.contiguous()
+        states.flatten(0, 1).index_copy_(0, self.index, computed.flatten(0, 1))
+        return states
 
     def drop(self, update):
         """Zero the updates (B, T, h) of the frozen tokens that fill up uneven rows."""
@@ -125,7 +128,7 @@ class FrozenTokens:
     def rotary(self, position_embeddings):
         """Rotary embeddings of all tokens and of the computed ones, as [`rotate`] takes them."""
         if self.rotary_made is None:  # the same in every layer
-            cos, sin = (part.expand(len(self.row), -1, -1).unsqueeze(2) for part in position_embeddings)
+            cos, sin = (part.expand(self.shape[0], -1, -1).unsqueeze(2) for part in position_embeddings)
             rotary = cos, *sin.chunk(2, dim=-1)
             self.rotary_made = rotary, [self.take(part) for part in rotary]
         return self.rotary_made
@@ -133,18 +136,19 @@ class FrozenTokens:
     def mask(self, attention_mask, num_keys, sliding_window, dtype):
         """The computed tokens' rows of the mask, (B, 1, T, keys), as SDPA takes it."""
         if sliding_window not in self.masks:  # the same in every layer with this window
+            position = (self.index % self.length).view(self.shape)
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
-                mask = attention_mask.expand(len(self.row), -1, -1, -1).transpose(1, 2)
+                mask = attention_mask.expand(self.shape[0], -1, -1, -1).transpose(1, 2)
                 mask = self.take(mask).transpose(1, 2)
             elif isinstance(attention_mask, BlockMask):
 
                 def computed(row, head, query, key):
-                    return attention_mask.mask_mod(row, head, self.index[row, query], key)
+                    return attention_mask.mask_mod(row, head, position[row, query], key)
 
-                mask = create_mask(computed, len(self.row), 1, self.index.shape[1], num_keys, self.row.device)
+                mask = create_mask(computed, self.shape[0], 1, self.shape[1], num_keys, position.device)
             else:  # plain causal attention, or a flash kernel's (B, keys)
-                key = torch.arange(num_keys, device=self.row.device)
-                query = self.index[:, None, :, None] + num_keys - self.length
+                key = torch.arange(num_keys, device=position.device)
+                query = position[:, None, :, None] + num_keys - self.length
                 mask = key <= query
                 if sliding_window is not None:
                     mask &= key > query - sliding_window
@@ -197,7 +201,7 @@ class ShortVAttentionMixin:
         self,
         hidden_states,
         tokens,
-        normalized,
+        normed,
         norm_weight,
         position_embeddings,
         attention_mask=None,
@@ -205,27 +209,29 @@ class ShortVAttentionMixin:
         **kwargs,
     ):
         """Normed states of the computed tokens (B, T, h) to their updates. All tokens' keys and values are made of
-        `normalized` (B, S, h), which still lacks the layer norm's weight (h)."""
+        `normed` (B, S, h), to be multiplied by `norm_weight` (h) if there is one."""
         rotary, computed_rotary = tokens.rotary(position_embeddings)
-        key, value = self.keys_and_values(normalized, norm_weight, *rotary)
+        key, value = self.keys_and_values(normed, norm_weight, *rotary)
         if cache is not None:
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}  # read by transformers 4's static cache
             key, value = append(cache, key, value, self.layer_idx, cache_kwargs)
         implementation = self.config._attn_implementation
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
-        mask = tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
+        causal = tokens.causal and unmasked
+        mask = None if causal else tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
         query = rotate(self.heads(self.q_proj(hidden_states)), *computed_rotary).transpose(1, 2)
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         updates, attentions = [], []
         for start, stop, end in tokens.segments:
-            end += mask.shape[-1] - tokens.length  # the cache's tokens come first
-            part = query[:, :, start:stop], key[:, :, :end], value[:, :, :end], mask[:, :, start:stop, :end]
-            update, weights = attend(self, *part, dropout=dropout, scaling=self.scaling, **kwargs)
+            end += num_keys - tokens.length  # the cache's tokens come first
+            part = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
+            bias = causal_lower_right(stop - start, end) if causal else mask[:, :, start:stop, :end]
+            update, weights = attend(self, *part, bias, dropout=dropout, scaling=self.scaling, **kwargs)
             updates.append(update)
             if weights is not None and tokens.weights_asked:  # eager attention's
-                attentions.append(nn.functional.pad(weights.transpose(1, 2), (0, mask.shape[-1] - end)))
+                attentions.append(nn.functional.pad(weights.transpose(1, 2), (0, num_keys - end)))
         weights = tokens.spread(torch.cat(attentions, dim=1)).transpose(1, 2) if attentions else None
         update = torch.cat(updates, dim=1) if len(updates) > 1 else updates[0]
         return self.o_proj(update.flatten(2)), weights
@@ -234,16 +240,17 @@ class ShortVAttentionMixin:
         """(B, N, heads * head size) to (B, N, heads, head size)."""
         return states.unflatten(-1, (-1, self.head_dim))
 
-    def keys_and_values(self, normalized, norm_weight, *rotary):
+    def keys_and_values(self, normed, norm_weight, *rotary):
         """Each (B, key heads, S, head size). On a CPU made of at most 1,024 tokens at a time, which its cache holds."""
 
         def project(part):
-            states = normalized[:, part] * norm_weight
-            key = rotate(self.heads(self.k_proj(states)), *(rows[:, part] for rows in rotary))
-            return key.transpose(1, 2), self.heads(self.v_proj(states)).transpose(1, 2)
+            states = normed[:, part] * norm_weight
+            return self.project(states, *(rows[:, part] for rows in rotary))
 
-        length = normalized.shape[1]
-        if normalized.device.type != "cpu" or length <= 1024:
+        if norm_weight is None:
+            return self.project(normed, *rotary)
+        length = normed.shape[1]
+        if normed.device.type != "cpu" or length <= 1024:
             return project(slice(None))
         for start in range(0, length, 1024):
             part = slice(start, start + 1024)
@@ -252,6 +259,11 @@ class ShortVAttentionMixin:
                 key, value = (states.new_empty(*states.shape[:2], length, self.head_dim) for states in made)
             key[:, :, part], value[:, :, part] = made
         return key, value
+
+    def project(self, states, *rotary):
+        """Keys and values (B, key heads, N, head size) of (B, N, h)."""
+        key = rotate(self.heads(self.k_proj(states)), *rotary)
+        return key.transpose(1, 2), self.heads(self.v_proj(states)).transpose(1, 2)
 
 
 class ShortVDecoderLayerMixin:
@@ -268,33 +280,40 @@ class ShortVDecoderLayerMixin:
         else:
             whole, computed, normalized = hidden_states, tokens.take(hidden_states), None
         if layer in tokens.attention_layers:
-            if normalized is None:
-                normalized = self.normalize(whole)
-            asking, weight = self.normalize(computed), self.readable_weight(self.input_layernorm, computed)
+            norm, later = self.input_layernorm, None
+            weight = self.readable_weight(norm, computed)
             if weight is None:  # of a constant row, large beside epsilon, the norm makes its weight
-                weight = self.input_layernorm(computed.new_full((1, computed.shape[-1]), 1024))[0]
-            normalized[tokens.row, tokens.index] = asking
-            kwargs |= {"normalized": normalized, "norm_weight": weight}
-            update, _ = self.self_attn(asking * weight, frozen_tokens=tokens, **kwargs)
+                later = norm(computed.new_full((1, computed.shape[-1]), 1024))[0]
+            elif computed.device.type == "cpu":  # elsewhere a norm with its weight is one kernel, quicker than a product
+                weight, later = None, weight
+            if normalized is None:
+                normalized = self.normalize(whole, weight)
+            asking = self.normalize(computed, weight)
+            normalized = tokens.insert(normalized, asking)
+            asking = asking if later is None else asking * later
+            update, _ = self.self_attn(asking, frozen_tokens=tokens, normed=normalized, norm_weight=later, **kwargs)
             computed = computed + tokens.drop(update)
+            normalized = None if later is None else normalized
         else:
-            update, _ = self.self_attn(tokens.norm(self.input_layernorm, whole, computed), **kwargs)
+            normed = tokens.insert(self.input_layernorm(whole), self.input_layernorm(computed))
+            update, _ = self.self_attn(normed, **kwargs)
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if layer in tokens.ffn_layers:
             norm = self.post_attention_layernorm
             weight = self.readable_weight(norm, computed)
-            normed = norm(computed) if weight is None else self.normalize(computed) * weight
+            normed = norm(computed) if weight is None else self.normalize(computed, weight)
             computed = computed + tokens.drop(self.mlp(normed))
         else:
-            update = self.mlp(tokens.norm(self.post_attention_layernorm, whole, computed))
+            normed = tokens.insert(self.post_attention_layernorm(whole), self.post_attention_layernorm(computed))
+            update = self.mlp(normed)
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if tokens.keep_apart and frozen_tokens.get(layer + 1) is tokens:
             return Streams(whole, computed, normalized)
         return tokens.put(whole, computed)
 
-    def normalize(self, states):
-        """A norm without its weight, which is all that differs between layers with the same states."""
-        return nn.functional.rms_norm(states, states.shape[-1:], eps=self.self_attn.config.rms_norm_eps)
+    def normalize(self, states, weight):
+        """A norm, or without weight what layers with the same states have in common."""
+        return nn.functional.rms_norm(states, states.shape[-1:], weight, self.self_attn.config.rms_norm_eps)
 
     def readable_weight(self, norm, states):
         """A norm's weight (h). None if the norm is to be called: with hooks, in a wrapper, offloaded or sharded."""
@@ -388,11 +407,10 @@ class ShortVModelMixin:
         attention_layers, ffn_layers = self.config.frozen_layers()
         if not attention_layers and not ffn_layers:
             return None
-        visual = self.visual_positions(input_ids, inputs_embeds)
-        device, visual = visual.device, visual.cpu()  # the one time that the host waits
-        frozen = visual
+        frozen = self.visual_positions(input_ids, inputs_embeds)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # nobody reads padding
-            frozen = visual | (attention_mask[:, -visual.shape[1] :] == 0).cpu()
+            frozen = frozen | (attention_mask[:, -frozen.shape[1] :] == 0).to(frozen.device)
+        device, frozen = frozen.device, frozen.cpu()  # the one time that the host waits
         states_asked, weights_asked = (
             kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_hidden_states", "output_attentions")
@@ -400,7 +418,7 @@ class ShortVModelMixin:
         keep_apart = not (torch.is_grad_enabled() or states_asked or weights_asked)
         tokens = FrozenTokens(frozen, attention_layers, ffn_layers, keep_apart, weights_asked, device)
         by_layer = dict.fromkeys(attention_layers | ffn_layers, tokens)
-        if keep_apart and num_logits and not visual[:, -num_logits:].any():
+        if keep_apart and num_logits and not frozen[:, -num_logits:].any():
             last, unread = self.config.text_config.num_hidden_layers - 1, torch.ones_like(frozen)
             unread[:, -num_logits:] = False
             by_layer[last] = FrozenTokens(unread, {last}, {last}, keep_apart, weights_asked, device)
@@ -408,10 +426,10 @@ class ShortVModelMixin:
 
     def visual_positions(self, input_ids, inputs_embeds):
         """(B, S), true where LLaVA puts features of images and videos: the placeholders, in ids or in embeddings."""
-        placeholders = [self.config.image_token_id, getattr(self.config, "video_token_id", self.config.image_token_id)]
+        placeholders = {self.config.image_token_id, getattr(self.config, "video_token_id", self.config.image_token_id)}
         if input_ids is not None:
-            return torch.stack([input_ids == token for token in placeholders]).any(dim=0)
-        embedded = self.get_input_embeddings()(torch.tensor(placeholders, device=inputs_embeds.device))
+            return functools.reduce(torch.logical_or, (input_ids == token for token in placeholders))
+        embedded = self.get_input_embeddings()(torch.tensor(list(placeholders), device=inputs_embeds.device))
         return (inputs_embeds.unsqueeze(-2) == embedded).all(dim=-1).any(dim=-1)
 
 

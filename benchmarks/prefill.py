@@ -1,5 +1,7 @@
 """Prefill against the stock model: time to first token, share of the cost model's bound, memory."""
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from shortv_llava.benchmarks.measure import compare, compare_memory, machine, write_json
 from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, make_inputs, make_pair
+from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.errors import ShortVError
 from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
@@ -38,31 +41,39 @@ def variants(name: str, shape: Shape, numbers: list[int] | None) -> dict[str, tu
 
 
 @torch.no_grad()
-def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int) -> dict:
+def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int, captured: bool) -> dict:
     """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
-    published shapes are timed with the vision tower as well."""
+    published shapes are timed with the vision tower as well. If `captured`, both models replay CUDA graphs: then the
+    language model's prefill is its graph alone, and the time to first token has what the host does between the graphs.
+    """
     ours.set_replaced_layers(*frozen)
     inputs, device = make_inputs(ours, shape, text_tokens, batch), ours.device
-    features = stock.model.get_image_features(inputs["pixel_values"])
+    row = {"replaced_layers": frozen[0], "bound": 1 / flops_ratio(ours.config, text_tokens, shape.visual_tokens)}
 
     def prefill(model):
         return model(**inputs, use_cache=True, logits_to_keep=1).logits
 
-    def sides():
-        return (lambda: prefill(stock)), (lambda: prefill(ours))
-
-    row = {"replaced_layers": frozen[0], "bound": 1 / flops_ratio(ours.config, text_tokens, shape.visual_tokens)}
-    row["identical"] = torch.equal(prefill(stock), prefill(ours))
-    if shape.published:
-        row["to_first_token"] = compare(*sides(), pairs, device)._asdict()
-    for model in (stock, ours):
-        model.model.get_image_features = lambda *args, **kwargs: features
-    try:
-        row["language_model"] = compare(*sides(), pairs, device)._asdict()
-        row["peak_bytes"] = compare_memory(*sides(), device)
-    finally:
+    sides = functools.partial(prefill, stock), functools.partial(prefill, ours)
+    logits = [side() for side in sides]
+    row["identical"] = torch.equal(*logits)
+    if captured:
+        with replayed(stock, inputs) as stock_graph, replayed(ours, inputs) as our_graph:
+            torch.testing.assert_close([side() for side in sides], logits)
+            row["to_first_token"] = compare(*sides, pairs, device)._asdict()
+            row["language_model"] = compare(stock_graph.replay, our_graph.replay, pairs, device)._asdict()
+        row["peak_bytes"] = None
+    else:
+        if shape.published:
+            row["to_first_token"] = compare(*sides, pairs, device)._asdict()
+        features = stock.model.get_image_features(inputs["pixel_values"])
         for model in (stock, ours):
-            del model.model.get_image_features
+            model.model.get_image_features = lambda *args, **kwargs: features
+        try:
+            row["language_model"] = compare(*sides, pairs, device)._asdict()
+            row["peak_bytes"] = compare_memory(*sides, device)
+        finally:
+            for model in (stock, ours):
+                del model.model.get_image_features
     row["share_of_bound"] = row["language_model"]["ratio"] / row["bound"]
     return row
 
@@ -80,15 +91,16 @@ def table(title: str, rows: list[dict]) -> Table:
         low, high = timed["quartiles"]
         cells = [
             row["frozen"],
-            f"{timed['stock']:.3f}",
-            f"{timed['ours']:.3f}",
+            f"{timed['stock']:.4f}",
+            f"{timed['ours']:.4f}",
             f"{timed['ratio']:.3f} ±{(high - low) / 2:.2f}",
             f"{row['bound']:.3f}",
             f"{row['share_of_bound']:.3f}{'=' if row['identical'] else ' '}",
             f"{peak['ours'] / peak['stock']:.2f}" if peak else "",
         ]
         if with_tower:
-            paper = PAPER[row["model"]].get(len(row["replaced_layers"]))
+            found_there = {f"N = {number}": gain for number, gain in PAPER.get(row["model"], {}).items()}
+            paper = found_there.get(row["frozen"])
             cells += [f"{row['to_first_token']['ratio']:.2f}", f"{paper:.2f}" if paper else ""]
         found.add_row(*cells)
     return found
@@ -99,9 +111,12 @@ def draw(path: Path, rows: list[dict]) -> None:
     figure, axes = new_figure()
     highest = max(row["bound"] for row in rows)
     axes.plot([1, highest], [1, highest], "--", color="0.6", label="bound")
-    for model in dict.fromkeys(row["model"] for row in rows):
-        points = [(row["bound"], row["language_model"]["ratio"]) for row in rows if row["model"] == model]
-        axes.plot(*zip(*sorted(points)), "o", label=model, ms=5)
+    series = {}
+    for row in rows:
+        label = row["model"] + ", CUDA graphs" * row["cuda_graphs"]
+        series.setdefault(label, []).append((row["bound"], row["language_model"]["ratio"]))
+    for label, points in series.items():
+        axes.plot(*zip(*sorted(points)), "o", label=label, ms=5)
     axes.set(xlabel="bound: dense FLOPs over ShortV's", ylabel="measured speed-up of the prefill")
     with replacing_file(path) as unfinished:
         save_figure(figure, axes, unfinished)
@@ -117,6 +132,9 @@ def main(
     attention: Annotated[str, typer.Option(help="Implementations, as `sdpa,eager`.")] = "sdpa",
     batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
     text_tokens: int = 64,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Also with both models captured, which leaves the host's time out.")
+    ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
 ) -> None:
@@ -128,7 +146,7 @@ def main(
 
         shortv bench prefill
 
-        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --output results
+        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --cuda-graphs --output results
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     names = model or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
@@ -141,6 +159,9 @@ def main(
     if min(batches) < 1 or any(not 0 <= n <= shapes[name].num_layers for n in numbers or () for name in names):
         raise ShortVError("--batch starts at 1, --layers lie between 0 and the model's number of layers")
 
+    if cuda_graphs and device == "cpu":
+        raise ShortVError("--cuda-graphs needs a GPU")
+
     rows, console = [], Console()
     for name in names:
         for implementation in attention.split(","):
@@ -148,12 +169,14 @@ def main(
                 stock, ours = make_pair(shapes[name], device, dtype, implementation)
             except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
                 raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
-            for size in batches:
+            for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
+                title += ", CUDA graphs" * captured
                 group = []
                 for label, frozen in tqdm(variants(name, shapes[name], numbers).items(), desc=title, leave=False):
-                    found = measure(stock, ours, shapes[name], frozen, text_tokens, size, pairs)
-                    group.append({"model": name, "attention": implementation, "batch": size, "frozen": label} | found)
+                    found = measure(stock, ours, shapes[name], frozen, text_tokens, size, pairs, captured)
+                    labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
+                    group.append(labels | {"cuda_graphs": captured} | found)
                     if output is not None:  # after every line: a later one may run out of memory
                         write_json(output / "prefill.json", rows + group)
                 console.print(table(title, group))

@@ -15,6 +15,7 @@ from shortv_llava.flops import flops_ratio
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", scaled(width=128, num_layers=3, image_side=4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def bench(*arguments: str) -> str:
@@ -77,6 +78,7 @@ def test_shapes_are_the_published_models(model, number, parameters, ratio):
         (("prefill", "--model", "tiny", "--layers", "4"), "--layers"),
         (("prefill", "--model", "tiny", "--layers", "few"), "few"),
         (("prefill", "--model", "tiny", "--batch", "0"), "--batch"),
+        (("prefill", "--model", "tiny", "--cuda-graphs"), "GPU"),
         (("prefill", "--model", "tiny", "--attention", "quick"), "quick"),
         (("decoding", "--model", "llava-2"), "llava-2"),
     ),

@@ -72,7 +72,11 @@ class Carry(AlignDevicesHook):
 
 
 @pytest.mark.parametrize("recording", [False, True], ids=["streams apart", "hidden states recorded"])
-@pytest.mark.parametrize("layout", [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"]], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "layout",
+    [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"], ["t" * 2048 + "Ittttt"]],
+    ids=["even", "uneven", "long"],
+)
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @torch.no_grad()
 def test_two_devices_pretended(frozen, layout, recording):

@@ -57,6 +57,23 @@ def test_logits_lose_no_more_than_the_hooked_stock_models(model, precision, bloc
     assert ours_off < 0.1 * tiny.root_mean_square(dense - exact)  # so that a wrong row or layer would have shown
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_long_prompts(dtype, device):
+    """Of more keys than a GPU's attention kernels without mask are chosen from."""
+    stock, ours = (copy.deepcopy(model).to(device) for model in tiny.pair())
+    inputs = tiny.batch(tiny.pair()[0], "llava", ["t" * 2048 + "Ittttt"] * 2)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    ours.set_replaced_layers(list(range(tiny.LAYERS)))
+    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, layers=range(tiny.LAYERS)):
+        exact = stock(**inputs).logits
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        expected = stock.to(dtype)(**inputs).logits
+    actual = ours.to(dtype)(**inputs).logits
+    assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_generates_in_half_precision(dtype, package_folder):
     """The greedy tokens of a trained model, whose margins are wider than rounding, and a cache of its precision."""

@@ -1,0 +1,60 @@
+"""Parts of a model captured as CUDA graphs, so that the host launches one graph in place of a thousand kernels."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+class Replay:
+    """A module's method, captured at its first call. Later calls copy the one tensor that differs and replay the rest.
+
+    Args:
+        method: of tensors and others, by keyword. The host must not read from the device in it.
+        changing (`str`): the argument that differs from call to call, a tensor of one shape and dtype.
+    """
+
+    def __init__(self, method, changing: str):
+        self.method, self.changing, self.graph = method, changing, None
+
+    def __call__(self, *args, **kwargs):
+        if self.graph is None:
+            self._capture(args, kwargs)
+        self.input.copy_(kwargs[self.changing])
+        self.replay()
+        return self.output
+
+    def replay(self) -> None:
+        """Once more with what came last."""
+        self.graph.replay()
+
+    def _capture(self, args, kwargs) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.all():  # which the host could not find out during the capture
+            kwargs["attention_mask"] = None
+        self.input = kwargs[self.changing].clone()
+        self.kept = args, kwargs | {self.changing: self.input}  # the graph reads their tensors
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what libraries make at their first calls
+                self.method(*self.kept[0], **self.kept[1])
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = self.method(*self.kept[0], **self.kept[1])
+
+
+@contextmanager
+def replayed(model, inputs: dict):
+    """Within, `model` replays its vision tower and its language model for inputs of the shape and layout of `inputs`.
+
+    Gives the language model's [`Replay`]. What is between the two, and the head, runs as ever.
+    """
+    inner, language_model = model.model, model.model.language_model
+    inner.get_image_features = Replay(inner.get_image_features, "pixel_values")
+    language_model.forward = Replay(language_model.forward, "inputs_embeds")
+    try:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        yield language_model.forward
+    finally:
+        del inner.get_image_features, language_model.forward
