@@ -74,20 +74,24 @@ class FrozenTokens:
         self.attention_layers, self.ffn_layers = attention_layers, ffn_layers
         self.keep_apart, self.weights_asked = keep_apart, weights_asked
         self.length = frozen.shape[1]
-        num_computed = (~frozen).sum(dim=1)
-        length = max(1, int(num_computed.max()))  # attention takes no empty sequence
-        index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+        computed = ~frozen
+        num_computed = computed.sum(dim=1).tolist()
+        length = max(1, *num_computed)  # attention takes no empty sequence
+        even = min(num_computed) == length
+        if even:  # most prompts; what follows would sort all tokens of theirs
+            index = computed.nonzero()[:, 1].view(-1, length)
+        else:
+            index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
         # Text around images apart, as (start, stop, end): computed tokens start:stop see none of the sequence from end on.
         ends = index.amax(dim=0).cummax(dim=0).values + 1
         stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
         self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
-        # On a GPU each is a launch, which pays where many keys wait for a kernel that shares them out: one without mask.
-        self.causal = device.type != "cpu" and self.length >= 1024 * len(stops) and bool((index == index[0]).all())
+        # On a GPU each costs a launch. That pays where there are many keys, which kernels without mask share out.
+        self.causal = device.type == "cuda" and self.length >= 1024 * len(stops) and bool((index == index[0]).all())
         if device.type != "cpu" and not self.causal:
             self.segments = [(0, length, self.length)]
-        first = torch.arange(len(frozen))[:, None] * self.length
+        first = torch.arange(0, frozen.numel(), self.length)[:, None]
         self.shape, self.index = index.shape, (first + index).flatten().to(device)  # in the rows' tokens one after another
-        even = bool((num_computed == length).all())
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
         self.rotary_made, self.masks = None, {}
         self.on_device = {device: self}
@@ -129,8 +133,7 @@ class FrozenTokens:
         """Rotary embeddings of all tokens and of the computed ones, as [`rotate`] takes them."""
         if self.rotary_made is None:  # the same in every layer
             cos, sin = (part.expand(self.shape[0], -1, -1).unsqueeze(2) for part in position_embeddings)
-            rotary = cos, *sin.chunk(2, dim=-1)
-            self.rotary_made = rotary, [self.take(part) for part in rotary]
+            self.rotary_made = [(cos, *sin.chunk(2, dim=-1)) for cos, sin in ((cos, sin), map(self.take, (cos, sin)))]
         return self.rotary_made
 
     def mask(self, attention_mask, num_keys, sliding_window, dtype):
@@ -155,9 +158,10 @@ class FrozenTokens:
                 if attention_mask is not None:
                     mask &= attention_mask[:, None, None, -num_keys:].bool()
             if mask.dtype == torch.bool:  # SDPA would do this in every layer
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-            # On a GPU it would also copy, in every layer, a mask whose rows do not begin at multiples of 8.
-            self.masks[sliding_window] = nn.functional.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            if missing := -mask.shape[-1] % 8:  # on a GPU it would copy masks whose rows begin elsewhere
+                mask = nn.functional.pad(mask, (0, missing))[..., :-missing]
+            self.masks[sliding_window] = mask
         return self.masks[sliding_window]
 
 
@@ -219,7 +223,9 @@ class ShortVAttentionMixin:
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
         causal = tokens.causal and unmasked
-        mask = None if causal else tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
+        if not causal:
+            mask = tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
+            num_keys = mask.shape[-1]
         query = rotate(self.heads(self.q_proj(hidden_states)), *computed_rotary).transpose(1, 2)
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
@@ -286,7 +292,7 @@ class ShortVDecoderLayerMixin:
                 later = norm(computed.new_full((1, computed.shape[-1]), 1024))[0]
             elif computed.device.type == "cpu":  # elsewhere a norm with its weight is one kernel, quicker than a product
                 weight, later = None, weight
-            if normalized is None:
+            if normalized is None or weight is not None:
                 normalized = self.normalize(whole, weight)
             asking = self.normalize(computed, weight)
             normalized = tokens.insert(normalized, asking)
@@ -407,10 +413,10 @@ class ShortVModelMixin:
         attention_layers, ffn_layers = self.config.frozen_layers()
         if not attention_layers and not ffn_layers:
             return None
-        frozen = self.visual_positions(input_ids, inputs_embeds)
+        visual = self.visual_positions(input_ids, inputs_embeds)
+        device, frozen = visual.device, visual.cpu()  # the host waits
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # nobody reads padding
-            frozen = frozen | (attention_mask[:, -frozen.shape[1] :] == 0).to(frozen.device)
-        device, frozen = frozen.device, frozen.cpu()  # the one time that the host waits
+            frozen = frozen | (attention_mask[:, -frozen.shape[1] :].cpu() == 0)
         states_asked, weights_asked = (
             kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_hidden_states", "output_attentions")

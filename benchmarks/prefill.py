@@ -99,8 +99,7 @@ def table(title: str, rows: list[dict]) -> Table:
             f"{peak['ours'] / peak['stock']:.2f}" if peak else "",
         ]
         if with_tower:
-            found_there = {f"N = {number}": gain for number, gain in PAPER.get(row["model"], {}).items()}
-            paper = found_there.get(row["frozen"])
+            paper = {f"N = {number}": gain for number, gain in PAPER.get(row["model"], {}).items()}.get(row["frozen"])
             cells += [f"{row['to_first_token']['ratio']:.2f}", f"{paper:.2f}" if paper else ""]
         found.add_row(*cells)
     return found

@@ -1,5 +1,6 @@
 """Models spread over memories, devices and processes give the logits of the model in one place."""
 
+import copy
 import re
 
 import pytest
@@ -71,6 +72,22 @@ class Carry(AlignDevicesHook):
         return module
 
 
+def pretend_to_place(ours, devices):
+    """A copy of the model, the two halves of its layers on these devices and the rest on the first."""
+    model = ShortVLlavaForConditionalGeneration(ours.config).eval()
+    model.load_state_dict(ours.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        second = re.match(rf"{LAYERS}\.[{tiny.LAYERS // 2}-9]", name)
+        place(tensor, torch.device(devices[bool(second)]))
+    decoder = model.model.language_model
+    for number, layer in enumerate(decoder.layers):
+        hook = Carry(devices[number // (tiny.LAYERS // 2)], skip_keys=model._skip_keys_device_placement)
+        add_hook_to_module(layer, hook)
+    for module in (model, decoder.norm):
+        add_hook_to_module(module, Carry(devices[0], io_same_device=module is model))
+    return model
+
+
 @pytest.mark.parametrize("recording", [False, True], ids=["streams apart", "hidden states recorded"])
 @pytest.mark.parametrize(
     "layout",
@@ -86,23 +103,13 @@ def test_two_devices_pretended(frozen, layout, recording):
     ours.set_replaced_layers(**frozen)
 
     def logits(devices):
-        model = ShortVLlavaForConditionalGeneration(ours.config).eval()
-        model.load_state_dict(ours.state_dict())
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            second = re.match(rf"{LAYERS}\.[{tiny.LAYERS // 2}-9]", name)
-            place(tensor, torch.device(devices[bool(second)]))
-        decoder = model.model.language_model
-        for number, layer in enumerate(decoder.layers):
-            hook = Carry(devices[number // (tiny.LAYERS // 2)], skip_keys=model._skip_keys_device_placement)
-            add_hook_to_module(layer, hook)
-        for module in (model, decoder.norm):
-            add_hook_to_module(module, Carry(devices[0], io_same_device=module is model))
+        model = pretend_to_place(ours, devices)
         with PretendedDevices():
             found = model(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
             assert found.device == torch.device("cpu")  # where the inputs were
             if len(set(devices)) > 1:  # and moved by nobody, they would not have met
                 with pytest.raises(RuntimeError, match="different devices"):
-                    decoder.layers[-1].mlp.up_proj(decoder.embed_tokens.weight)
+                    model.model.language_model.layers[-1].mlp.up_proj(model.get_input_embeddings().weight)
         return found
 
     spread = logits(["cuda:0", "cuda:1"])
@@ -110,6 +117,22 @@ def test_two_devices_pretended(frozen, layout, recording):
     # What a CPU attends to and makes in parts, an accelerator does at once.
     expected = ours(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
     torch.testing.assert_close(spread, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", [0, 1], ids=["even layers", "odd layers"])
+@torch.no_grad()
+def test_norms_with_hooks_among_others_on_a_pretended_device(hooked):
+    """A layer whose norm is read follows one whose norm is called, and the other way round."""
+    _, ours = copy.deepcopy(tiny.pair())
+    ours.set_replaced_layers(list(range(tiny.LAYERS)))
+    model = pretend_to_place(ours, ["cuda:0", "cuda:0"])
+    for layers in (ours.model.language_model.layers, model.model.language_model.layers):
+        for layer in layers[hooked::2]:
+            layer.input_layernorm.register_forward_hook(lambda module, args, output: output * module.weight)
+    inputs = tiny.batch(ours, "llava", ["tttIttttt"])
+    with PretendedDevices():
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, ours(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_tensor_parallel_plan_names_our_projections():
