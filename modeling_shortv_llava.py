@@ -301,17 +301,12 @@ class ShortVDecoderLayerMixin:
             computed = computed + tokens.drop(update)
             normalized = None if later is None else normalized
         else:
-            normed = tokens.insert(self.input_layernorm(whole), self.input_layernorm(computed))
-            update, _ = self.self_attn(normed, **kwargs)
+            update, _ = self.self_attn(self.normed(self.input_layernorm, whole, computed, tokens), **kwargs)
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if layer in tokens.ffn_layers:
-            norm = self.post_attention_layernorm
-            weight = self.readable_weight(norm, computed)
-            normed = norm(computed) if weight is None else self.normalize(computed, weight)
-            computed = computed + tokens.drop(self.mlp(normed))
+            computed = computed + tokens.drop(self.mlp(self.normed(self.post_attention_layernorm, computed)))
         else:
-            normed = tokens.insert(self.post_attention_layernorm(whole), self.post_attention_layernorm(computed))
-            update = self.mlp(normed)
+            update = self.mlp(self.normed(self.post_attention_layernorm, whole, computed, tokens))
             whole, computed, normalized = whole + update, computed + tokens.take(update), None
         if tokens.keep_apart and frozen_tokens.get(layer + 1) is tokens:
             return Streams(whole, computed, normalized)
@@ -320,6 +315,12 @@ class ShortVDecoderLayerMixin:
     def normalize(self, states, weight):
         """A norm, or without weight what layers with the same states have in common."""
         return nn.functional.rms_norm(states, states.shape[-1:], weight, self.self_attn.config.rms_norm_eps)
+
+    def normed(self, norm, states, computed=None, tokens=None):
+        """A norm of states (B, S, h), of which some tokens' are in `computed` (B, T, h)."""
+        weight = self.readable_weight(norm, states)
+        apply = norm if weight is None else functools.partial(self.normalize, weight=weight)
+        return apply(states) if computed is None else tokens.insert(apply(states), apply(computed))
 
     def readable_weight(self, norm, states):
         """A norm's weight (h). None if the norm is to be called: with hooks, in a wrapper, offloaded or sharded."""
