@@ -82,7 +82,7 @@ class FrozenTokens:
             index = computed.nonzero()[:, 1].view(-1, length)
         else:
             index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
-        # Text around images apart, as (start, stop, end): computed tokens start:stop see none of the sequence from end on.
+        # Text around images apart, as (start, stop, end): computed tokens start:stop see nothing from position end on.
         ends = index.amax(dim=0).cummax(dim=0).values + 1
         stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
         self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
@@ -90,8 +90,8 @@ class FrozenTokens:
         self.causal = device.type == "cuda" and self.length >= 1024 * len(stops) and bool((index == index[0]).all())
         if device.type != "cpu" and not self.causal:
             self.segments = [(0, length, self.length)]
-        first = torch.arange(0, frozen.numel(), self.length)[:, None]
-        self.shape, self.index = index.shape, (first + index).flatten().to(device)  # in the rows' tokens one after another
+        first = torch.arange(0, frozen.numel(), self.length)[:, None]  # of each row, all rows one after another
+        self.shape, self.index = index.shape, (first + index).flatten().to(device)
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
         self.rotary_made, self.masks = None, {}
         self.on_device = {device: self}
@@ -290,7 +290,7 @@ class ShortVDecoderLayerMixin:
             weight = self.readable_weight(norm, computed)
             if weight is None:  # of a constant row, large beside epsilon, the norm makes its weight
                 later = norm(computed.new_full((1, computed.shape[-1]), 1024))[0]
-            elif computed.device.type == "cpu":  # elsewhere a norm with its weight is one kernel, quicker than a product
+            elif computed.device.type == "cpu":  # what layers share is made once; elsewhere a whole norm is one kernel
                 weight, later = None, weight
             if normalized is None or weight is not None:
                 normalized = self.normalize(whole, weight)
