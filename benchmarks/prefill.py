@@ -106,16 +106,19 @@ def table(title: str, rows: list[dict]) -> Table:
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    """Speed-up against bound, a point for each row, a series for each model."""
+    """Speed-up against bound, a point for each row, a colour for each model, captured passes hollow."""
     figure, axes = new_figure()
     highest = max(row["bound"] for row in rows)
     axes.plot([1, highest], [1, highest], "--", color="0.6", label="bound")
-    series = {}
+    colours = {model: f"C{number}" for number, model in enumerate(dict.fromkeys(row["model"] for row in rows))}
+    for model, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=model, ms=5)
+    if any(row["cuda_graphs"] for row in rows):
+        axes.plot([], [], "o", color="0.4", mfc="none", label="CUDA graphs", ms=5)
     for row in rows:
-        label = row["model"] + ", CUDA graphs" * row["cuda_graphs"]
-        series.setdefault(label, []).append((row["bound"], row["language_model"]["ratio"]))
-    for label, points in series.items():
-        axes.plot(*zip(*sorted(points)), "o", label=label, ms=5)
+        colour = colours[row["model"]]
+        inside = "none" if row["cuda_graphs"] else colour
+        axes.plot(row["bound"], row["language_model"]["ratio"], "o", color=colour, mfc=inside, ms=5)
     axes.set(xlabel="bound: dense FLOPs over ShortV's", ylabel="measured speed-up of the prefill")
     with replacing_file(path) as unfinished:
         save_figure(figure, axes, unfinished)
