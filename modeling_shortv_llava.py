@@ -86,10 +86,15 @@ class FrozenTokens:
         ends = index.amax(dim=0).cummax(dim=0).values + 1
         stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
         self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
-        # On a GPU each costs a launch. That pays where there are many keys, which kernels without mask share out.
-        self.causal = device.type == "cuda" and self.length >= 1024 * len(stops) and bool((index == index[0]).all())
-        if device.type != "cpu" and not self.causal:
-            self.segments = [(0, length, self.length)]
+        # Few queries of many keys leave most of a GPU idle, but in kernels that share out keys. These take no mask.
+        self.biases = None
+        few = length <= 256 and self.length >= 1024 * len(stops)
+        if few and device.type == "cuda" and bool((index == index[0]).all()):
+            self.biases = [
+                # None: SDPA's own rule, for one row no mask and for as many queries as keys a causal one.
+                None if stop - start in (1, end) else causal_lower_right(stop - start, end)
+                for start, stop, end in self.segments
+            ]
         first = torch.arange(0, frozen.numel(), self.length)[:, None]  # of each row, all rows one after another
         self.shape, self.index = index.shape, (first + index).flatten().to(device)
         self.dropped = None if even else frozen.gather(1, index).unsqueeze(-1).to(device)
@@ -141,8 +146,9 @@ class FrozenTokens:
         if sliding_window not in self.masks:  # the same in every layer with this window
             position = (self.index % self.length).view(self.shape)
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+                row = torch.arange(self.shape[0], device=position.device)[:, None]
                 mask = attention_mask.expand(self.shape[0], -1, -1, -1).transpose(1, 2)
-                mask = self.take(mask).transpose(1, 2)
+                mask = mask[row, position].transpose(1, 2)
             elif isinstance(attention_mask, BlockMask):
 
                 def computed(row, head, query, key):
@@ -222,18 +228,22 @@ class ShortVAttentionMixin:
         implementation = self.config._attn_implementation
         unmasked = attention_mask is None and implementation == "sdpa"  # all keys are new, then a static cache's room
         num_keys = tokens.length if unmasked else key.shape[2]
-        causal = tokens.causal and unmasked
-        if not causal:
+        query = rotate(self.heads(self.q_proj(hidden_states)), *computed_rotary).transpose(1, 2)
+        # Biases take no mixed types, which autocast would mend.
+        biased = unmasked and tokens.biases is not None and query.dtype == key.dtype == value.dtype
+        segments = tokens.segments
+        if not biased:
             mask = tokens.mask(attention_mask, num_keys, self.sliding_window, key.dtype)
             num_keys = mask.shape[-1]
-        query = rotate(self.heads(self.q_proj(hidden_states)), *computed_rotary).transpose(1, 2)
+            if key.device.type != "cpu":  # a launch costs more than the keys that it spares
+                segments = [(0, query.shape[2], tokens.length)]
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         updates, attentions = [], []
-        for start, stop, end in tokens.segments:
+        for number, (start, stop, end) in enumerate(segments):
             end += num_keys - tokens.length  # the cache's tokens come first
             part = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
-            bias = causal_lower_right(stop - start, end) if causal else mask[:, :, start:stop, :end]
+            bias = tokens.biases[number] if biased else mask[:, :, start:stop, :end]
             update, weights = attend(self, *part, bias, dropout=dropout, scaling=self.scaling, **kwargs)
             updates.append(update)
             if weights is not None and tokens.weights_asked:  # eager attention's
@@ -324,10 +334,10 @@ class ShortVDecoderLayerMixin:
 
     def readable_weight(self, norm, states):
         """A norm's weight (h). None if the norm is to be called: with hooks, in a wrapper, offloaded or sharded."""
-        weight, hooked = norm._parameters.get("weight"), norm._forward_hooks or norm._forward_pre_hooks
-        expected = states.shape[-1:], states.dtype, states.device
+        weight, expected = norm._parameters.get("weight"), (states.shape[-1:], states.dtype, states.device)
         plain = type(weight) is nn.Parameter and (weight.shape, weight.dtype, weight.device) == expected
-        return weight if plain and not hooked else None
+        hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
+        return weight if plain and not any(hooks) and "forward" not in vars(norm) else None
 
 
 class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention):

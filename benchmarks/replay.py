@@ -6,7 +6,7 @@ import torch
 
 
 class Replay:
-    """A module's method, captured at its first call. Later calls copy the one tensor that differs and replay the rest.
+    """A module's method, captured at its second call. Later calls copy the one tensor that differs and replay the rest.
 
     Args:
         method: of tensors and others, by keyword. The host must not read from the device in it.
@@ -14,9 +14,11 @@ class Replay:
     """
 
     def __init__(self, method, changing: str):
-        self.method, self.changing, self.graph = method, changing, None
+        self.method, self.changing, self.warm, self.graph = method, changing, False, None
 
     def __call__(self, *args, **kwargs):
+        if not self.warm:
+            return self._warm_up(args, kwargs)
         if self.graph is None:
             self._capture(args, kwargs)
         self.input.copy_(kwargs[self.changing])
@@ -27,18 +29,24 @@ class Replay:
         """Once more with what came last."""
         self.graph.replay()
 
+    def _warm_up(self, args, kwargs):
+        """What libraries make at their first calls is not for the graph; what a pass makes for its layers is, so the
+        capture is another call's, whose arguments nobody has used."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                output = self.method(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.warm = True
+        return output
+
     def _capture(self, args, kwargs) -> None:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.all():  # which the host could not find out during the capture
             kwargs["attention_mask"] = None
         self.input = kwargs[self.changing].clone()
         self.kept = args, kwargs | {self.changing: self.input}  # the graph reads their tensors
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # what libraries make at their first calls
-                self.method(*self.kept[0], **self.kept[1])
-        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.output = self.method(*self.kept[0], **self.kept[1])
@@ -54,7 +62,8 @@ def replayed(model, inputs: dict):
     inner.get_image_features = Replay(inner.get_image_features, "pixel_values")
     language_model.forward = Replay(language_model.forward, "inputs_embeds")
     try:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        for _ in ("warm up", "capture"):
+            model(**inputs, use_cache=True, logits_to_keep=1)
         yield language_model.forward
     finally:
         del inner.get_image_features, language_model.forward

@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from devices import PretendedDevices, place
 from processes import torchrun
+from torch.nn.attention.bias import CausalBias
 from transformers.dynamic_module_utils import get_cached_module_file
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
@@ -72,10 +73,23 @@ class Carry(AlignDevicesHook):
         return module
 
 
+@pytest.fixture
+def biases(monkeypatch):
+    """The biases that attention was given, each for as many queries and keys as there were: kernels trust its class."""
+    seen, dispatch = [], CausalBias._dispatch
+
+    def checked(query, key, value, attn_mask, *args, **kwargs):
+        assert query.shape[-2] == attn_mask.seq_len_q and key.shape[-2] == attn_mask.seq_len_kv
+        seen.append(attn_mask)
+        return dispatch(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(CausalBias, "_dispatch", staticmethod(checked))
+    return seen
+
+
 def pretend_to_place(ours, devices):
     """A copy of the model, the two halves of its layers on these devices and the rest on the first."""
-    model = ShortVLlavaForConditionalGeneration(ours.config).eval()
-    model.load_state_dict(ours.state_dict())
+    model = copy.deepcopy(ours)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         second = re.match(rf"{LAYERS}\.[{tiny.LAYERS // 2}-9]", name)
         place(tensor, torch.device(devices[bool(second)]))
@@ -91,12 +105,12 @@ def pretend_to_place(ours, devices):
 @pytest.mark.parametrize("recording", [False, True], ids=["streams apart", "hidden states recorded"])
 @pytest.mark.parametrize(
     "layout",
-    [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"], ["t" * 2048 + "Ittttt"]],
-    ids=["even", "uneven", "long"],
+    [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"], [tiny.LONG], [tiny.LONG, tiny.LONG]],
+    ids=["even", "uneven", "long", "two long ones"],
 )
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @torch.no_grad()
-def test_two_devices_pretended(frozen, layout, recording):
+def test_two_devices_pretended(frozen, layout, recording, biases):
     """The layers' halves on two accelerators: accelerate's hooks carry the tensors, every operation has one device."""
     _, ours = tiny.pair()
     inputs = tiny.batch(ours, "llava", layout)
@@ -117,6 +131,23 @@ def test_two_devices_pretended(frozen, layout, recording):
     # What a CPU attends to and makes in parts, an accelerator does at once.
     expected = ours(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
     torch.testing.assert_close(spread, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [("llava", "llama", 4), ("llava", "qwen2", 1)], ids=["all heads", "one key head"])
+@torch.no_grad()
+def test_long_prompts_on_a_pretended_device(model, biases):
+    """A GPU attends to many keys by biases in place of masks, but in autocast, where types differ."""
+    _, ours = tiny.pair(*model)
+    ours.set_replaced_layers(list(range(tiny.LAYERS)))
+    inputs = tiny.batch(ours, "llava", [tiny.LONG]) | {"logits_to_keep": 1}
+    placed = pretend_to_place(ours, ["cuda:0", "cuda:0"])
+    with torch.autocast("cpu", torch.bfloat16), PretendedDevices():
+        placed(**inputs)
+    assert not biases
+    with PretendedDevices():
+        found = placed(**inputs).logits
+    assert biases
+    torch.testing.assert_close(found, ours(**inputs).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("hooked", [0, 1], ids=["even layers", "odd layers"])

@@ -27,6 +27,7 @@ from shortv_llava import (
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
+LONG = "t" + "I" * 400 + "t" + "I" * 400 + "ttt"  # 3,205 tokens, text in one row, one row and three
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN, VOCABULARY, LAYERS = 90, 0, 2, 96, 4
 BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 CLASSES = {
