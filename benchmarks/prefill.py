@@ -41,7 +41,7 @@ def variants(name: str, shape: Shape, numbers: list[int] | None) -> dict[str, tu
 
 
 @torch.no_grad()
-def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int, captured: bool) -> dict:
+def measure(stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int, captured=False) -> dict:
     """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
     published shapes are timed with the vision tower as well. If `captured`, both models replay CUDA graphs: then the
     language model's prefill is its graph alone, and the time to first token has what the host does between the graphs.

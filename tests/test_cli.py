@@ -249,3 +249,14 @@ def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
 def test_help_shows_an_example(command):
     done = shortv(command, "--help")
     assert done.returncode == 0 and f"shortv {command}" in done.stdout
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """Every answer of the package is the dense model's, and the last line is a speed-up."""
+    done = shortv("demo", "--output", tmp_path / "package")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "package" / "config.json").read_text())["replaced_layers"]
+    answers = [map(str.strip, line.split("│")[3:5]) for line in done.stdout.splitlines() if ".png" in line]
+    assert len(answers) == 6 and all(dense == ours for dense, ours in answers)
+    assert "10 of 16 layers replaced: " in done.stdout
