@@ -9,6 +9,7 @@ Shapes below: B rows, S tokens a row, of which T are computed and F = S - T froz
 
 import copy
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -83,9 +84,9 @@ class FrozenTokens:
         else:
             index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
         # Text around images apart, as (start, stop, end): computed tokens start:stop see nothing from position end on.
-        ends = index.amax(dim=0).cummax(dim=0).values + 1
-        stops = [*(torch.nonzero(ends.diff() > 1).flatten() + 1).tolist(), length]
-        self.segments = [(start, stop, int(ends[stop - 1])) for start, stop in zip([0, *stops], stops)]
+        ends = [last + 1 for last in itertools.accumulate(index.amax(dim=0).tolist(), max)]
+        stops = [*(stop for stop in range(1, length) if ends[stop] > ends[stop - 1] + 1), length]
+        self.segments = [(start, stop, ends[stop - 1]) for start, stop in zip([0, *stops], stops)]
         # Few queries of many keys leave most of a GPU idle, but in kernels that share out keys. These take no mask.
         self.biases = None
         few = length <= 256 and self.length >= 1024 * len(stops)
@@ -258,19 +259,14 @@ class ShortVAttentionMixin:
 
     def keys_and_values(self, normed, norm_weight, *rotary):
         """Each (B, key heads, S, head size). On a CPU made of at most 1,024 tokens at a time, which its cache holds."""
-
-        def project(part):
-            states = normed[:, part] * norm_weight
-            return self.project(states, *(rows[:, part] for rows in rotary))
-
         if norm_weight is None:
             return self.project(normed, *rotary)
         length = normed.shape[1]
         if normed.device.type != "cpu" or length <= 1024:
-            return project(slice(None))
+            return self.project(normed * norm_weight, *rotary)
         for start in range(0, length, 1024):
             part = slice(start, start + 1024)
-            made = project(part)
+            made = self.project(normed[:, part] * norm_weight, *(rows[:, part] for rows in rotary))
             if start == 0:
                 key, value = (states.new_empty(*states.shape[:2], length, self.head_dim) for states in made)
             key[:, :, part], value[:, :, part] = made
@@ -283,13 +279,18 @@ class ShortVAttentionMixin:
 
 
 class ShortVDecoderLayerMixin:
-    """A decoder layer in which attention, FFN or both may be frozen for some tokens; otherwise the stock layer."""
+    """A decoder layer in which attention, FFN or both may be frozen for some tokens. In a pass without frozen tokens it
+    is the stock layer."""
 
     def forward(self, hidden_states, frozen_tokens=None, **kwargs):
-        layer = self.self_attn.layer_idx
-        tokens = frozen_tokens.get(layer) if frozen_tokens else None
-        if tokens is None:
+        if not frozen_tokens:
             return super().forward(hidden_states, **kwargs)
+        layer = self.self_attn.layer_idx
+        tokens = frozen_tokens.get(layer)
+        if tokens is None:  # the stock layer, but for norms of one operation, as in the others
+            update, _ = self.self_attn(self.normed(self.input_layernorm, hidden_states), **kwargs)
+            hidden_states = hidden_states + update
+            return hidden_states + self.mlp(self.normed(self.post_attention_layernorm, hidden_states))
 
         if isinstance(hidden_states, Streams):
             whole, computed, normalized = hidden_states
@@ -424,10 +425,11 @@ class ShortVModelMixin:
         attention_layers, ffn_layers = self.config.frozen_layers()
         if not attention_layers and not ffn_layers:
             return None
-        visual = self.visual_positions(input_ids, inputs_embeds)
-        device, frozen = visual.device, visual.cpu()  # the host waits
+        frozen = self.visual_positions(input_ids, inputs_embeds)
+        device = frozen.device
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # nobody reads padding
-            frozen = frozen | (attention_mask[:, -frozen.shape[1] :].cpu() == 0)
+            frozen = frozen | (attention_mask[:, -frozen.shape[1] :].to(device) == 0)
+        frozen = frozen.cpu()  # the host waits
         states_asked, weights_asked = (
             kwargs.get(name) or getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_hidden_states", "output_attentions")

@@ -9,18 +9,18 @@ class Replay:
     """A module's method, captured at its second call. Later calls copy the one tensor that differs and replay the rest.
 
     Args:
-        method: of tensors and others, by keyword. The host must not read from the device in it.
+        method: whose arguments are given by keyword. The host must not read from the device in it.
         changing (`str`): the argument that differs from call to call, a tensor of one shape and dtype.
     """
 
     def __init__(self, method, changing: str):
         self.method, self.changing, self.warm, self.graph = method, changing, False, None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, **kwargs):
         if not self.warm:
-            return self._warm_up(args, kwargs)
+            return self._warm_up(kwargs)
         if self.graph is None:
-            self._capture(args, kwargs)
+            self._capture(kwargs)
         self.input.copy_(kwargs[self.changing])
         self.replay()
         return self.output
@@ -29,27 +29,27 @@ class Replay:
         """Once more with what came last."""
         self.graph.replay()
 
-    def _warm_up(self, args, kwargs):
+    def _warm_up(self, kwargs):
         """What libraries make at their first calls is not for the graph; what a pass makes for its layers is, so the
         capture is another call's, whose arguments nobody has used."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                output = self.method(*args, **kwargs)
+                output = self.method(**kwargs)
         torch.cuda.current_stream().wait_stream(side)
         self.warm = True
         return output
 
-    def _capture(self, args, kwargs) -> None:
+    def _capture(self, kwargs) -> None:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.all():  # which the host could not find out during the capture
             kwargs["attention_mask"] = None
         self.input = kwargs[self.changing].clone()
-        self.kept = args, kwargs | {self.changing: self.input}  # the graph reads their tensors
+        self.kept = kwargs | {self.changing: self.input}  # the graph reads their tensors
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = self.method(*self.kept[0], **self.kept[1])
+            self.output = self.method(**self.kept)
 
 
 @contextmanager

@@ -74,8 +74,7 @@ def test_long_prompts(model, precision, num_logits, device):
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         with torch.autocast(device, autocast_dtype) if autocast_dtype else contextlib.nullcontext():
             expected = stock.to(dtype)(**inputs).logits
-    with torch.autocast(device, autocast_dtype) if autocast_dtype else contextlib.nullcontext():
-        actual = ours.to(dtype)(**inputs).logits
+            actual = ours.to(dtype)(**inputs).logits
     assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact) + 1e-6
 
 
