@@ -75,7 +75,8 @@ def test_long_prompts(model, precision, num_logits, device):
         with torch.autocast(device, autocast_dtype) if autocast_dtype else contextlib.nullcontext():
             expected = stock.to(dtype)(**inputs).logits
             actual = ours.to(dtype)(**inputs).logits
-    assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact) + 1e-6
+    rounding = 3e-6  # of float32, of sums over a thousand keys in another order
+    assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact) + rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
