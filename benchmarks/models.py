@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
@@ -92,6 +93,16 @@ def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.floa
         torch.set_default_dtype(before)
     stock.load_state_dict(ours.state_dict(), assign=True)
     return stock, ours
+
+
+def fuse_norms(model) -> None:
+    """Make each norm of the language model's layers one operation, with the same weight."""
+    for layer in model.model.language_model.layers:
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = getattr(layer, name)
+            fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
+            fused.weight = norm.weight
+            setattr(layer, name, fused)
 
 
 def make_processor(model):

@@ -13,7 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shortv_llava.benchmarks.measure import compare, compare_memory, machine, write_json
-from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, make_inputs, make_pair
+from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.errors import ShortVError
 from shortv_llava.figures import new_figure, save_figure
@@ -137,6 +137,9 @@ def main(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Also with both models captured, which leaves the host's time out.")
     ] = False,
+    fused_norms: Annotated[
+        bool, typer.Option("--fused-norms", help="Stock's norms as one kernel each, too: the gain of freezing alone.")
+    ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
 ) -> None:
@@ -171,14 +174,16 @@ def main(
                 stock, ours = make_pair(shapes[name], device, dtype, implementation)
             except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
                 raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
+            if fused_norms:
+                fuse_norms(stock)
             for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
-                title += ", CUDA graphs" * captured
+                title += ", CUDA graphs" * captured + ", fused norms" * fused_norms
                 group = []
                 for label, frozen in tqdm(variants(name, shapes[name], numbers).items(), desc=title, leave=False):
                     found = measure(stock, ours, shapes[name], frozen, text_tokens, size, pairs, captured)
                     labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
-                    group.append(labels | {"cuda_graphs": captured} | found)
+                    group.append(labels | {"cuda_graphs": captured, "fused_norms": fused_norms} | found)
                     if output is not None:  # after every line: a later one may run out of memory
                         write_json(output / "prefill.json", rows + group)
                 console.print(table(title, group))

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from shortv_llava.benchmarks.command import app
-from shortv_llava.benchmarks.models import SHAPES, make_pair, scaled
+from shortv_llava.benchmarks.models import SHAPES, fuse_norms, make_inputs, make_pair, scaled
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 
@@ -45,6 +45,17 @@ def test_prefill_leaves_figures_and_plot(tmp_path):
 def test_prefill_takes_other_layers_and_attention():
     printed = bench("prefill", "--model", "tiny", "--layers", "1", "--attention", "eager,sdpa", "--pairs", "1")
     assert printed.count("N = 1") == 2 and "tiny, eager, batch 1" in printed and "tiny, sdpa, batch 1" in printed
+
+
+@torch.no_grad()
+def test_fused_norms_change_nothing_else():
+    printed = bench("prefill", "--model", "tiny", "--layers", "1", "--pairs", "1", "--fused-norms")
+    assert "fused norms" in printed and "N = 1" in printed
+    stock, _ = make_pair(SHAPES["tiny"])
+    inputs = make_inputs(stock, SHAPES["tiny"])
+    expected = stock(**inputs).logits
+    fuse_norms(stock)
+    torch.testing.assert_close(stock(**inputs).logits, expected)
 
 
 def test_decoding():
