@@ -9,7 +9,6 @@ Shapes below: B rows, S tokens a row, of which T are computed and F = S - T froz
 
 import copy
 import functools
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -84,7 +83,7 @@ class FrozenTokens:
         else:
             index = frozen.to(torch.int8).argsort(dim=1, stable=True)[:, :length]
         # Text around images apart, as (start, stop, end): computed tokens start:stop see nothing from position end on.
-        ends = [last + 1 for last in itertools.accumulate(index.amax(dim=0).tolist(), max)]
+        ends = (index.amax(dim=0).cummax(dim=0).values + 1).tolist()
         stops = [*(stop for stop in range(1, length) if ends[stop] > ends[stop - 1] + 1), length]
         self.segments = [(start, stop, ends[stop - 1]) for start, stop in zip([0, *stops], stops)]
         # Few queries of many keys leave most of a GPU idle, but in kernels that share out keys. These take no mask.
