@@ -6,7 +6,6 @@ _FAMILIES = ("Llava", "LlavaNext", "VipLlava", "LlavaOnevision", "LlavaNextVideo
 _EXPORTS = {"CONFIG_CLASSES": "configuration_shortv_llava", "MODEL_CLASSES": "modeling_shortv_llava"}
 for _family in _FAMILIES:
     _EXPORTS[f"ShortV{_family}Config"] = "configuration_shortv_llava"
-    _EXPORTS[f"ShortV{_family}Model"] = "modeling_shortv_llava"
     _EXPORTS[f"ShortV{_family}ForConditionalGeneration"] = "modeling_shortv_llava"
 __all__ = list(_EXPORTS)
 

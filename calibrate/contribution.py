@@ -206,9 +206,8 @@ def _run(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "f
             if frozen is not None:
                 layer_id = {layer.self_attn.layer_idx}
                 chosen = (layer_id if block in blocks else frozenset() for block in ("attention", "ffn"))
-                mask = frozen[rows.to(frozen.device)].cpu()
-                tokens = FrozenTokens(mask, *chosen, keep_apart=False, weights_asked=False, device=stack.device)
-                call = call | {"frozen_tokens": {layer.self_attn.layer_idx: tokens}}
+                tokens = FrozenTokens(frozen[rows.to(frozen.device)].to(stack.device), *chosen)
+                call = call | {"frozen_tokens": tokens}
             outputs.append(layer(stack[start : start + len(rows)], **_of_rows(call, rows, batch)))
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or len(rows) == 1:

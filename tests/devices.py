@@ -1,7 +1,6 @@
 """Several devices on a machine that has none: tensors that say where they would be, and may not meet elsewhere."""
 
 import torch
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -57,7 +56,6 @@ def moved(tensor, *args, non_blocking=False, **kwargs):
 
 def common_device(name, args, kwargs) -> torch.device:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    tensors = [tensor for tensor in tensors if not isinstance(tensor, CausalBias)]  # it has no numbers
     devices = {device_of(tensor) for tensor in tensors if tensor.dim() or device_of(tensor).type != "cpu"}
     if name in ("__getitem__", "__setitem__", "index_put", "index_put_"):
         devices = {device_of(args[0])} | {device for device in devices if device.type != "cpu"}

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 folder, inputs_file, output_file = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(
-    folder, dtype=torch.float32, tp_plan="auto", trust_remote_code=True
+    folder, dtype=torch.float64, tp_plan="auto", trust_remote_code=True
 ).eval()
 inputs = torch.load(inputs_file)
 layer = model.model.language_model.layers[-1]

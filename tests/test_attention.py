@@ -13,7 +13,6 @@ LAYOUTS = {
     "uneven rows": ["tttttt", "ttIttt", "tIttItt"],
 }
 FROZEN = {"layers": {"layers": (3, 2, 1)}, "mixed blocks": {"layers": (3,), "attention": (0, 1), "ffn": (2,)}}
-CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 def attend(query, key, value, causal, window, scale):
@@ -70,9 +69,9 @@ def assert_equal_to_hooked(stock, ours, inputs, blocks):
     real = inputs["attention_mask"].bool()
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
         expected = stock(**inputs).logits
-    torch.testing.assert_close(ours(**inputs).logits[real], expected[real], **CLOSE)
+    torch.testing.assert_close(ours(**inputs).logits[real], expected[real], **tiny.CLOSE)
     last = real[:, -1]
-    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits[last, 0], expected[last, -1], **CLOSE)
+    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits[last, 0], expected[last, -1], **tiny.CLOSE)
 
 
 @pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
@@ -104,7 +103,7 @@ def test_turns_with_a_kept_cache(flash_kernel, uncompiled, implementation):
         with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, layers=(3, 2, 0)):
             expected = stock(**inputs, past_key_values=caches.get("stock"), use_cache=True)
         actual = ours(**inputs, past_key_values=caches.get("ours"), use_cache=True)
-        torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
+        torch.testing.assert_close(actual.logits, expected.logits, **tiny.CLOSE)
         caches = {"stock": expected.past_key_values, "ours": actual.past_key_values}
 
 

@@ -6,7 +6,6 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
-CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def test_the_forward_pass_breaks_where_visual_tokens_are_located():
     for model in (stock, ours):
         torch.compiler.reset()
         forward, counter = compiled(model)
-        torch.testing.assert_close(forward(**inputs).logits, model(**inputs).logits, **CLOSE)
+        torch.testing.assert_close(forward(**inputs).logits, model(**inputs).logits, **tiny.CLOSE)
         graphs[model] = counter.frame_count
     assert graphs[ours] <= graphs[stock] + 3  # the break lies within three nested forward functions
 
@@ -44,7 +43,7 @@ def test_other_prompts_need_no_end_of_compilations():
     seen = []
     for length in range(3, 9):
         inputs = tiny.batch(stock, "llava", ["tttI" + "t" * length])
-        torch.testing.assert_close(forward(**inputs).logits, ours(**inputs).logits, **CLOSE)
+        torch.testing.assert_close(forward(**inputs).logits, ours(**inputs).logits, **tiny.CLOSE)
         seen.append(counter.frame_count)
     assert seen[-1] == seen[-3]
 

@@ -39,7 +39,6 @@ FAMILIES = {
         **GRIDS,
     },
 }
-CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 def make_pair(family: str):
@@ -48,9 +47,9 @@ def make_pair(family: str):
         settings["video_token_index"] = VIDEO
     torch.manual_seed(0)
     stock_config = getattr(transformers, f"{family}Config")(**settings)
-    stock = getattr(transformers, f"{family}ForConditionalGeneration")(stock_config).eval()
+    stock = getattr(transformers, f"{family}ForConditionalGeneration")(stock_config).double().eval()
     ours_class = getattr(shortv_llava, f"ShortV{family}ForConditionalGeneration")
-    ours = ours_class(ours_class.config_class(**settings)).eval()
+    ours = ours_class(ours_class.config_class(**settings)).double().eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -72,7 +71,7 @@ def make_inputs(stock, family: str) -> dict:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def text(number):
         return torch.randint(3, IMAGE, (number,), generator=generator).tolist()
@@ -114,7 +113,7 @@ def test_logits_and_tokens_equal_the_hooked_stock_model(family, blocks):
     with tiny.frozen(stock, visual(inputs), **blocks):
         expected, tokens = stock(**inputs).logits, stock.generate(**inputs, **settings)
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(ours(**inputs).logits[real], expected[real], **CLOSE)
+    torch.testing.assert_close(ours(**inputs).logits[real], expected[real], **tiny.CLOSE)
     assert torch.equal(ours.generate(**inputs, **settings), tokens)
 
 
@@ -124,7 +123,7 @@ def test_a_stock_checkpoint_becomes_a_package(family, tmp_path):
     stock, ours = make_pair(family)
     stock.save_pretrained(tmp_path / "stock")
     write_package(tmp_path / "stock", tmp_path / "package", replaced_layers=[3, 1])
-    loaded = load_model(tmp_path / "package", dtype=torch.float32).eval()
+    loaded = load_model(tmp_path / "package", dtype=torch.float64).eval()
     assert type(loaded).__name__ == f"ShortV{family}ForConditionalGeneration"
     inputs = make_inputs(stock, family)
     ours.set_replaced_layers([3, 1])

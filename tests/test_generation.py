@@ -20,7 +20,6 @@ LENGTH = 8
 # All answers are of one length, and none holds a place for an image that nobody gave.
 SETTINGS = {"max_new_tokens": LENGTH, "suppress_tokens": [tiny.END_TOKEN, tiny.IMAGE_TOKEN]}
 WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
-CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
 def pair(family="llava", backbone="llama", **text):
@@ -47,7 +46,7 @@ def assert_same(ours, stock, inputs, **settings):
     assert torch.equal(actual.sequences, expected.sequences)
     assert len(actual.logits) == len(expected.logits)
     for ours_logits, stock_logits in zip(actual.logits, expected.logits):
-        torch.testing.assert_close(ours_logits, stock_logits, **CLOSE)
+        torch.testing.assert_close(ours_logits, stock_logits, **tiny.CLOSE)
     return actual.sequences
 
 
@@ -266,7 +265,7 @@ def test_chosen_logits():
     kept = torch.tensor([-1, -3])
     with tiny.frozen(stock, **FROZEN):
         expected = stock(**inputs, logits_to_keep=kept).logits
-    torch.testing.assert_close(ours(**inputs, logits_to_keep=kept).logits, expected, **CLOSE)
+    torch.testing.assert_close(ours(**inputs, logits_to_keep=kept).logits, expected, **tiny.CLOSE)
 
 
 class Collector(BaseStreamer):

@@ -31,12 +31,11 @@ MODELS = [
     ("llava_next", "mistral", 2),
     ("llava_next", "qwen2", 4),
 ]
-CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 def assert_close(ours, stock, attention_mask):
     real = attention_mask.bool()
-    torch.testing.assert_close(ours[real], stock[real], **CLOSE)
+    torch.testing.assert_close(ours[real], stock[real], **tiny.CLOSE)
 
 
 @pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
@@ -99,7 +98,7 @@ def test_turns_with_a_kept_cache_and_a_new_image(family):
         with tiny.frozen(stock, visual, layers=(3, 2, 0), attention=(1,)):
             expected = stock(**inputs, past_key_values=caches.get("stock"), use_cache=True)
         actual = ours(**inputs, past_key_values=caches.get("ours"), use_cache=True)
-        torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
+        torch.testing.assert_close(actual.logits, expected.logits, **tiny.CLOSE)
         caches = {"stock": expected.past_key_values, "ours": actual.past_key_values}
 
 
@@ -119,7 +118,7 @@ def test_cache_equals_the_hooked_models(layout):
     for layer in range(tiny.LAYERS):
         for kind in ("keys", "values"):
             ours_kv, stock_kv = (getattr(cache.layers[layer], kind).transpose(1, 2) for cache in (actual, expected))
-            torch.testing.assert_close(ours_kv[real], stock_kv[real], **CLOSE)
+            torch.testing.assert_close(ours_kv[real], stock_kv[real], **tiny.CLOSE)
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -199,7 +198,7 @@ def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
     for layer, (ours_weights, stock_weights) in enumerate(zip(actual, expected)):
         if layer in (1, 2):
             stock_weights = stock_weights.masked_fill(visual[:, None, :, None], 0)
-        torch.testing.assert_close(ours_weights.transpose(1, 2)[real], stock_weights.transpose(1, 2)[real], **CLOSE)
+        torch.testing.assert_close(ours_weights.transpose(1, 2)[real], stock_weights.transpose(1, 2)[real], **tiny.CLOSE)
 
 
 @torch.no_grad()
@@ -232,7 +231,7 @@ def test_last_logits_alone(kept, blocks):
         ours_last, stock_last = (
             getattr(o.past_key_values.layers[-1], name).transpose(1, 2) for o in (actual, expected)
         )
-        torch.testing.assert_close(ours_last[real], stock_last[real], **CLOSE)
+        torch.testing.assert_close(ours_last[real], stock_last[real], **tiny.CLOSE)
 
 
 def test_config_is_the_truth():

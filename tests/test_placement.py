@@ -9,7 +9,6 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from devices import PretendedDevices, place
 from processes import torchrun
-from torch.nn.attention.bias import CausalBias
 from transformers.dynamic_module_utils import get_cached_module_file
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
@@ -73,20 +72,6 @@ class Carry(AlignDevicesHook):
         return module
 
 
-@pytest.fixture
-def biases(monkeypatch):
-    """The biases that attention was given, each for as many queries and keys as there were: kernels trust its class."""
-    seen, dispatch = [], CausalBias._dispatch
-
-    def checked(query, key, value, attn_mask, *args, **kwargs):
-        assert query.shape[-2] == attn_mask.seq_len_q and key.shape[-2] == attn_mask.seq_len_kv
-        seen.append(attn_mask)
-        return dispatch(query, key, value, attn_mask, *args, **kwargs)
-
-    monkeypatch.setattr(CausalBias, "_dispatch", staticmethod(checked))
-    return seen
-
-
 def pretend_to_place(ours, devices):
     """A copy of the model, the two halves of its layers on these devices and the rest on the first."""
     model = copy.deepcopy(ours)
@@ -102,15 +87,12 @@ def pretend_to_place(ours, devices):
     return model
 
 
-@pytest.mark.parametrize("recording", [False, True], ids=["streams apart", "hidden states recorded"])
 @pytest.mark.parametrize(
-    "layout",
-    [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"], [tiny.LONG], [tiny.LONG, tiny.LONG]],
-    ids=["even", "uneven", "long", "two long ones"],
+    "layout", [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"]], ids=["even", "uneven"]
 )
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @torch.no_grad()
-def test_two_devices_pretended(frozen, layout, recording, biases):
+def test_two_devices_pretended(frozen, layout):
     """The layers' halves on two accelerators: accelerate's hooks carry the tensors, every operation has one device."""
     _, ours = tiny.pair()
     inputs = tiny.batch(ours, "llava", layout)
@@ -119,51 +101,16 @@ def test_two_devices_pretended(frozen, layout, recording, biases):
     def logits(devices):
         model = pretend_to_place(ours, devices)
         with PretendedDevices():
-            found = model(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
+            found = model(**inputs).logits
             assert found.device == torch.device("cpu")  # where the inputs were
             if len(set(devices)) > 1:  # and moved by nobody, they would not have met
                 with pytest.raises(RuntimeError, match="different devices"):
                     model.model.language_model.layers[-1].mlp.up_proj(model.get_input_embeddings().weight)
         return found
 
-    spread = logits(["cuda:0", "cuda:1"])
-    assert torch.equal(spread, logits(["cuda:0", "cuda:0"]))
-    # What a CPU attends to and makes in parts, an accelerator does at once.
-    expected = ours(**inputs, logits_to_keep=1, output_hidden_states=recording).logits
-    torch.testing.assert_close(spread, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("model", [("llava", "llama", 4), ("llava", "qwen2", 1)], ids=["all heads", "one key head"])
-@torch.no_grad()
-def test_long_prompts_on_a_pretended_device(model, biases):
-    """A GPU attends to many keys by biases in place of masks, but in autocast, where types differ."""
-    _, ours = tiny.pair(*model)
-    ours.set_replaced_layers(list(range(tiny.LAYERS)))
-    inputs = tiny.batch(ours, "llava", [tiny.LONG]) | {"logits_to_keep": 1}
-    placed = pretend_to_place(ours, ["cuda:0", "cuda:0"])
-    with torch.autocast("cpu", torch.bfloat16), PretendedDevices():
-        placed(**inputs)
-    assert not biases
-    with PretendedDevices():
-        found = placed(**inputs).logits
-    assert biases
-    torch.testing.assert_close(found, ours(**inputs).logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("hooked", [0, 1], ids=["even layers", "odd layers"])
-@torch.no_grad()
-def test_norms_with_hooks_among_others_on_a_pretended_device(hooked):
-    """A layer whose norm is read follows one whose norm is called, and the other way round."""
-    _, ours = copy.deepcopy(tiny.pair())
-    ours.set_replaced_layers(list(range(tiny.LAYERS)))
-    model = pretend_to_place(ours, ["cuda:0", "cuda:0"])
-    for layers in (ours.model.language_model.layers, model.model.language_model.layers):
-        for layer in layers[hooked::2]:
-            layer.input_layernorm.register_forward_hook(lambda module, args, output: output * module.weight)
-    inputs = tiny.batch(ours, "llava", ["tttIttttt"])
-    with PretendedDevices():
-        found = model(**inputs).logits
-    torch.testing.assert_close(found, ours(**inputs).logits, rtol=1e-5, atol=1e-5)
+    expected = ours(**inputs).logits
+    assert torch.equal(logits(["cuda:0", "cuda:1"]), expected)
+    assert torch.equal(logits(["cuda:0", "cuda:0"]), expected)
 
 
 def test_tensor_parallel_plan_names_our_projections():
@@ -195,5 +142,5 @@ def test_tensor_parallel_processes(tmp_path):
         with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
             expected = stock(**inputs).logits
             expected_tokens = stock.generate(**inputs, max_new_tokens=4, do_sample=False)
-        torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[real], expected[real], **tiny.CLOSE)
         assert torch.equal(tokens, expected_tokens)

@@ -1,4 +1,7 @@
-"""Small random LLaVA models, inputs of every layout, and the oracle: the stock model with hooks."""
+"""Small random LLaVA models in float64, inputs of every layout, and the oracle: the stock model with hooks.
+
+Two correct orders of the same sums differ by 1e-13 in float64, in float32 by what the processor makes of them.
+"""
 
 import contextlib
 import functools
@@ -17,6 +20,9 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from shortv_llava import (
     ShortVLlavaConfig,
@@ -39,6 +45,24 @@ CLASSES = {
         ShortVLlavaNextForConditionalGeneration,
     ),
 }
+
+CLOSE = {"atol": 1e-9, "rtol": 0}
+
+
+def exact_norm(norm_class):
+    """Stock norms compute in float32 whatever they are given; those of float64 models keep float64."""
+    stock = norm_class.forward
+
+    def forward(self, states):
+        if states.dtype != torch.float64:
+            return stock(self, states)
+        return self.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    return forward
+
+
+for norm_class in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm):
+    norm_class.forward = exact_norm(norm_class)
 
 
 def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text) -> dict:
@@ -78,15 +102,15 @@ def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementatio
 
 @functools.cache
 def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text):
-    """(stock model, ShortV model) with the same weights, float32."""
+    """(stock model, ShortV model) with the same weights, float64."""
     stock_config, stock_class, our_config, our_class = CLASSES[family]
     torch.manual_seed(0)
     settings = (family, backbone, kv_heads, attn_implementation)
-    stock = stock_class(stock_config(**config_dict(*settings, **text))).eval()
+    stock = stock_class(stock_config(**config_dict(*settings, **text))).double().eval()
     for name, weight in stock.named_parameters():
         if name.endswith("norm.weight"):  # ones, as they begin, would hide that a layer takes another's
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    ours = our_class(our_config(**config_dict(*settings, **text))).eval()
+    ours = our_class(our_config(**config_dict(*settings, **text))).double().eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -95,9 +119,10 @@ def images(family: str, number: int, seed: int, same_size: bool) -> dict:
     """Inputs for `number` random images; LLaVA-NeXT's are of different sizes unless told otherwise."""
     generator = torch.Generator().manual_seed(seed)
     if family == "llava":
-        return {"pixel_values": torch.randn(number, 3, 28, 28, generator=generator)}
+        return {"pixel_values": torch.randn(number, 3, 28, 28, generator=generator, dtype=torch.float64)}
     sizes = [[(28, 56), (50, 20), (40, 45)][0 if same_size else index % 3] for index in range(number)]
-    return {"pixel_values": torch.randn(number, 5, 3, 28, 28, generator=generator), "image_sizes": torch.tensor(sizes)}
+    pixels = torch.randn(number, 5, 3, 28, 28, generator=generator, dtype=torch.float64)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def feature_lengths(model, inputs: dict) -> list[int]:
@@ -158,8 +183,9 @@ def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), f
     def find_visual(module, args, kwargs):
         nonlocal visual
         visual = None
+        kwargs = dict(zip(("input_ids", "pixel_values"), args)) | kwargs
         if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
-            input_ids = args[0] if args else kwargs.get("input_ids")
+            input_ids = kwargs.get("input_ids")
             if input_ids is not None:
                 visual = input_ids == IMAGE_TOKEN
             else:
