@@ -32,7 +32,8 @@ matrix:
 .venv/installed: constraints.txt pyproject.toml
 	$(call install,.venv,constraints.txt)
 
-.venv-oldest/installed: EXTRAS = test
+# Libraries that take none of the newest transformers, for the tests of users' habits.
+.venv-oldest/installed: EXTRAS = test,habits
 .venv-oldest/installed: constraints-oldest.txt pyproject.toml
 	$(call install,.venv-oldest,constraints-oldest.txt)
 

@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, Lla
 from transformers.models.auto import modeling_auto
 
 LAYER_LISTS = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
+LayerIds = list[int] | tuple[int, ...]
 AUTO_CLASSES = ("", "ForImageTextToText", "ForMultimodalLM", "ForVision2Seq", "ForPreTraining", "ForCausalLM")
 
 
@@ -20,45 +21,35 @@ class ShortVConfigMixin:
     Args:
         replaced_layers (`list[int]`): layers in which visual tokens skip attention and FFN (ShortV, section 3.2), ids
             from 0, in order of replacement.
-        replaced_attention_layers (`list[int]`): layers in which they skip attention alone.
-        replaced_ffn_layers (`list[int]`): layers in which they skip the FFN alone.
+        replaced_attention_layers, replaced_ffn_layers (`list[int]`): layers in which they skip one of the two.
         lc_scores (`list[float]`, *optional*): Layer Contribution score of every layer, in nats.
         calibration (`dict`, *optional*): the settings the scores were computed with.
 
     Raises:
-        ValueError: if a layer id is no integer in range or stands in the lists twice, if `lc_scores` does not hold one
-            finite number a layer, or if `calibration` is no dict.
+        ValueError: for a layer id that is no integer in range or stands in the lists twice, for `lc_scores` that are
+            not one finite number a layer, for a `calibration` that is no dict.
     """
 
-    def __init__(
-        self,
-        replaced_layers: list[int] = (),
-        replaced_attention_layers: list[int] = (),
-        replaced_ffn_layers: list[int] = (),
-        lc_scores: list[float] | None = None,
-        calibration: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, **kwargs: Any):
+        lists = [kwargs.pop(name, ()) for name in LAYER_LISTS]
+        scores, calibration = kwargs.pop("lc_scores", None), kwargs.pop("calibration", None)
         kwargs.pop("model_type", None)  # a plain LLaVA's would hide ours
         model = f"modeling_shortv_llava.{model_class_name(type(self))}"
         kwargs["auto_map"] = {f"AutoModel{task}": model for task in AUTO_CLASSES}
         kwargs["auto_map"]["AutoConfig"] = f"configuration_shortv_llava.{type(self).__name__}"
         super().__init__(**kwargs)
-        self.set_replaced_layers(replaced_layers, replaced_attention_layers, replaced_ffn_layers)
-        self.lc_scores, self.calibration = lc_scores, calibration
+        self.set_replaced_layers(*lists)
+        self.lc_scores, self.calibration = scores, calibration
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
         # Lets `from_pretrained` extend a plain LLaVA's configuration, with our entries given as keyword arguments.
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        own = [key for key in (*LAYER_LISTS, "lc_scores", "calibration") if key in kwargs]
-        config_dict = config_dict | {key: kwargs.pop(key) for key in own}
+        own = {name: kwargs.pop(name) for name in (*LAYER_LISTS, "lc_scores", "calibration") if name in kwargs}
         plain = config_dict.get("model_type") == super(cls, cls).model_type
-        return config_dict | ({"model_type": cls.model_type} if plain else {}), kwargs
+        return config_dict | own | ({"model_type": cls.model_type} if plain else {}), kwargs
 
-    def set_replaced_layers(
-        self, replaced_layers: list[int] = (), attention: list[int] = (), ffn: list[int] = ()
-    ) -> None:
+    def set_replaced_layers(self, replaced_layers: LayerIds = (), attention: LayerIds = (), ffn: LayerIds = ()) -> None:
         """Set the three lists of layer ids: both blocks frozen, attention alone, FFN alone. Nothing is set on error."""
         lists = dict(zip(LAYER_LISTS, (replaced_layers, attention, ffn)))
         self._check_layers(lists)
@@ -73,22 +64,19 @@ class ShortVConfigMixin:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in LAYER_LISTS:
             self._check_layers({other: getattr(self, other, ()) for other in LAYER_LISTS} | {name: value})
-            value = list(value)
         elif name == "lc_scores" and value is not None:
-            self._check_scores(value)
-            value = list(value)
+            number = self.text_config.num_hidden_layers
+            if not isinstance(value, (list, tuple)) or len(value) != number:
+                raise ValueError(f"lc_scores must hold one number for each of the {number} layers, got {value!r}")
+            for layer, score in enumerate(value):
+                if type(score) not in (int, float) or not abs(score) <= math.nextafter(math.inf, 0):
+                    raise ValueError(f"lc_scores: {score!r} for layer {layer} of 0 to {number - 1} is no finite number")
         elif name == "calibration" and not isinstance(value, dict | None):
             raise ValueError(f"calibration must be a dict of settings or null, got {value!r}")
         super().__setattr__(name, value)
 
-    def _num_layers(self) -> int:
-        num_layers = getattr(self.text_config, "num_hidden_layers", None)
-        if type(num_layers) is not int:
-            raise ValueError(f"text_config: num_hidden_layers must be an integer, got {num_layers!r}")
-        return num_layers
-
-    def _check_layers(self, lists: dict[str, list[int]]) -> None:
-        last, seen = self._num_layers() - 1, {}
+    def _check_layers(self, lists: dict[str, LayerIds]) -> None:
+        last, seen = self.text_config.num_hidden_layers - 1, {}
         for name, layers in lists.items():
             if not isinstance(layers, (list, tuple)):
                 raise ValueError(f"{name} must be a list of layer ids, got {layers!r}")
@@ -100,21 +88,10 @@ class ShortVConfigMixin:
                     raise ValueError(f"{name}: layer {layer} is listed here {where}; ids 0 to {last} may stand once")
                 seen[layer] = name
 
-    def _check_scores(self, scores: list[float]) -> None:
-        num_layers = self._num_layers()
-        if not isinstance(scores, (list, tuple)) or len(scores) != num_layers:
-            raise ValueError(f"lc_scores must hold one number for each of the {num_layers} layers, got {scores!r}")
-        for layer, score in enumerate(scores):
-            if type(score) not in (int, float) or not abs(score) <= math.nextafter(math.inf, 0):
-                raise ValueError(f"lc_scores: {score!r} for layer {layer} of 0 to {num_layers - 1} is no finite number")
-
-
-# transformers 5 writes an `__init__` that skips the mixin's for classes that have none of their own.
-
 
 class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
     model_type = "shortv_llava"
-    __init__ = ShortVConfigMixin.__init__
+    __init__ = ShortVConfigMixin.__init__  # transformers 5 would write one that skips the mixin's
 
 
 class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):

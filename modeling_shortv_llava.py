@@ -3,28 +3,19 @@
 A frozen visual token keeps its hidden state. Text still attends to it, by a key and a value made from that state, but
 it has no query and skips the FFN. Text is computed in every layer as in LLaVA, and so is everything in a forward pass
 without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv 2504.00502.
-
-[`ShortVDecoderLayer`] and [`ShortVAttention`] are the method. The rest finds the visual tokens of a forward pass and
-puts these two into the stock LLaVA models. Private to transformers is `config._attn_implementation` alone.
-
+[`ShortVDecoderLayer`] and [`ShortVAttention`] are the method, the rest finds the visual tokens of a forward pass and
+puts these two into stock LLaVA. All that is private to transformers here is `config._attn_implementation`.
 Shapes: B rows of S tokens, of which T are computed; h hidden size, d head size, K keys.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import (
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    LlavaNextVideoForConditionalGeneration,
-    LlavaOnevisionForConditionalGeneration,
-    VipLlavaForConditionalGeneration,
-)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask, flex_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -48,14 +39,10 @@ except ImportError:  # transformers 4
 
 
 class FrozenTokens:
-    """The frozen tokens of one forward pass, and the layers in which they are frozen.
+    """The frozen tokens of one forward pass (`frozen`, boolean, (B, S)), and the layers in which they are frozen.
 
     T is the largest number of computed tokens in a row. A row with fewer is filled up with frozen tokens of its own,
     whose results are dropped.
-
-    Args:
-        frozen (`torch.BoolTensor` of shape `(B, S)`): which tokens.
-        attention_layers, ffn_layers (`frozenset[int]`): layers in which attention and FFN are frozen for them.
     """
 
     def __init__(self, frozen: torch.Tensor, attention_layers: frozenset[int], ffn_layers: frozenset[int]):
@@ -65,22 +52,20 @@ class FrozenTokens:
         self.positions = frozen.to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         self.rows = torch.arange(len(frozen), device=frozen.device)[:, None]
         self.index = (self.rows * frozen.shape[1] + self.positions).flatten()  # among all B * S
-        self.kept = None  # which of the B * T are no filling; None: all
-        if min(num_computed) < width:
-            self.kept = (~frozen.gather(1, self.positions)).flatten().nonzero()[:, 0]
+        no_filling = ~frozen.gather(1, self.positions)
+        self.kept = None if min(num_computed) == width else no_filling.flatten().nonzero()[:, 0]  # among all B * T
         self.made = {}
 
     def to(self, device: torch.device, **kwargs: Any) -> "FrozenTokens":
         """The same on another device. accelerate calls this for layers that it has placed there."""
         moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
-        moved.made = self.made if moved.index is self.index else {}
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        vars(moved).update(tensors, made=self.made if tensors["index"] is self.index else {})
         return moved
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
-        """The computed tokens' rows (B, T, ...) of (B, S, ...)."""
+        """The computed tokens' rows (B, T, ...) of (B or 1, S, ...)."""
+        states = states.expand(len(self.rows), *states.shape[1:])
         return states.flatten(0, 1).index_select(0, self.index).unflatten(0, self.positions.shape)
 
     def scatter(self, states: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
@@ -99,15 +84,9 @@ class FrozenTokens:
         return made
 
     def mask(
-        self,
-        given: torch.Tensor | BlockMask | None,
-        length: int,
-        num_keys: int,
-        is_causal: bool,
-        window: int | None,
-        dtype: torch.dtype,
-        flash: dict[str, Any] | None,
-    ) -> torch.Tensor:
+        self, given: torch.Tensor | BlockMask | None, length: int, num_keys: int, is_causal: bool, window: int | None,
+        dtype: torch.dtype, flash: dict[str, Any] | None,
+    ) -> torch.Tensor:  # fmt: skip
         """The computed tokens' rows (B, 1 or heads, T, K) of the mask that stock gave, or of what kernels do without.
 
         SDPA's causal mask begins at the first key. Those of flash kernels (`flash`: what they are told) end at the last
@@ -156,25 +135,16 @@ class ShortVAttention:
         attention function returns them, attention weights (B, heads, S, K) with zero rows for frozen tokens."""
         if frozen_tokens is None:
             return super().forward(hidden_states, *args, **kwargs)
-        kwargs.setdefault("cache", kwargs.pop("past_key_values", None))  # its name before transformers 5.24
-        return self.computed_updates(hidden_states, frozen_tokens, **kwargs)
+        cache = kwargs.pop("cache", kwargs.pop("past_key_values", None))  # its name before transformers 5.24
+        rotary, given, told = map(kwargs.pop, ("position_embeddings", "attention_mask", "is_causal"), (None,) * 3)
+        tokens, length = frozen_tokens, hidden_states.shape[1]
 
-    def computed_updates(
-        self, hidden_states, tokens, position_embeddings, attention_mask=None, cache=None, is_causal=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, length = hidden_states.shape[:2]
-
-        def heads(states: torch.Tensor) -> torch.Tensor:
-            """(B, N, heads * d) to (B, heads, N, d)."""
+        def heads(states: torch.Tensor) -> torch.Tensor:  # (B, N, heads * d) to (B, heads, N, d)
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        def computed_rotary() -> list[torch.Tensor]:
-            return [tokens.gather(part.expand(batch, -1, -1)) for part in position_embeddings]
-
         query = heads(self.q_proj(tokens.gather(hidden_states)))
-        query = rotate(query, *tokens.once("rotary", position_embeddings, (), computed_rotary))
-        key = rotate(heads(self.k_proj(hidden_states)), *position_embeddings)
-        value = heads(self.v_proj(hidden_states))
+        query = rotate(query, *tokens.once("rotary", rotary, (), lambda: [tokens.gather(part) for part in rotary]))
+        key, value = rotate(heads(self.k_proj(hidden_states)), *rotary), heads(self.v_proj(hidden_states))
         if cache is not None:
             wanted = [kwargs] if "cache_position" in kwargs else []  # by static caches of transformers 4
             key, value = cache.update(key, value, self.layer_idx, *wanted)
@@ -182,27 +152,17 @@ class ShortVAttention:
         name = self.config._attn_implementation
         mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
         flash = kwargs if mask_function is flash_attention_mask else None
-        if flash or mask_function is flex_attention_mask:  # their kernels take no rows of a mask
-            name = "sdpa"
+        name = "sdpa" if flash or mask_function is flex_attention_mask else name  # their kernels take no rows of masks
         attend = llama.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        is_causal = name != "eager" and (self.is_causal if is_causal is None else is_causal)
+        is_causal = name != "eager" and (self.is_causal if told is None else told)
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         settings = length, key.shape[2], is_causal, window, query.dtype
-        make_mask = functools.partial(tokens.mask, attention_mask, *settings, flash)
-        mask = tokens.once("mask", attention_mask, settings, make_mask)
-        update, weights = attend(
-            self,
-            query,
-            key[:, :, : mask.shape[-1]],
-            value[:, :, : mask.shape[-1]],
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,  # the mask says it
-            **kwargs,
-        )
+        mask = tokens.once("mask", given, settings, lambda: tokens.mask(given, *settings, flash))
+        key, value = (states[:, :, : mask.shape[-1]] for states in (key, value))
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        update, weights = attend(self, query, key, value, mask, is_causal=False, **kwargs)  # the mask says it
         if weights is not None:
-            whole = weights.new_zeros(batch, length, weights.shape[1], weights.shape[3])
+            whole = weights.new_zeros(len(weights), length, *weights.shape[1::2])
             weights = tokens.scatter(whole, weights.transpose(1, 2)).transpose(1, 2)
         return self.o_proj(update.flatten(2)), weights
 
@@ -234,33 +194,17 @@ class ShortVDecoderLayer:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-# These bear the stock classes' names, by which device maps, FSDP and users' own settings find them.
+def with_mixin(mixin: type, stock: type) -> type:
+    """The stock class keeps its name, by which device maps, FSDP and users' own settings find it."""
+    return type(stock.__name__, (mixin, stock), {"__module__": __name__})
 
 
-class LlamaAttention(ShortVAttention, llama.LlamaAttention):
-    pass
-
-
-class LlamaDecoderLayer(ShortVDecoderLayer, llama.LlamaDecoderLayer):
-    pass
-
-
-class MistralAttention(ShortVAttention, mistral.MistralAttention):
-    pass
-
-
-class MistralDecoderLayer(ShortVDecoderLayer, mistral.MistralDecoderLayer):
-    pass
-
-
-class Qwen2Attention(ShortVAttention, qwen2.Qwen2Attention):
-    pass
-
-
-class Qwen2DecoderLayer(ShortVDecoderLayer, qwen2.Qwen2DecoderLayer):
-    pass
-
-
+LlamaAttention = with_mixin(ShortVAttention, llama.LlamaAttention)
+LlamaDecoderLayer = with_mixin(ShortVDecoderLayer, llama.LlamaDecoderLayer)
+MistralAttention = with_mixin(ShortVAttention, mistral.MistralAttention)
+MistralDecoderLayer = with_mixin(ShortVDecoderLayer, mistral.MistralDecoderLayer)
+Qwen2Attention = with_mixin(ShortVAttention, qwen2.Qwen2Attention)
+Qwen2DecoderLayer = with_mixin(ShortVDecoderLayer, qwen2.Qwen2DecoderLayer)
 SHORTV_LAYERS = {
     llama.LlamaDecoderLayer: (LlamaDecoderLayer, LlamaAttention),
     mistral.MistralDecoderLayer: (MistralDecoderLayer, MistralAttention),
@@ -272,23 +216,22 @@ def hand_on_frozen_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any])
     """Forward pre-hook of LLaVA without head, for a pass with images. Stock hands its keywords on to the layers."""
     given = dict(zip(type(model).forward.__annotations__, args)) | kwargs  # stock annotates every parameter
     images = (given.get(name) for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
-    if all(image is None or image == {} for image in images) or not any(model.config.frozen_layers()):
+    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if tokens is None or all(image is None or image == {} for image in images) or not any(model.config.frozen_layers()):
         return None
     cache = given.get("cache", given.get("past_key_values"))  # its name before transformers 5.24
-    inputs = [given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")]
-    return args, {"frozen_tokens": find_frozen_tokens(model, *inputs, cache)} | kwargs
+    return args, {"frozen_tokens": find_frozen_tokens(model, tokens, given.get("attention_mask"), cache)} | kwargs
 
 
 @torch.compiler.disable  # how many tokens are computed depends on the ids; the layers are compiled around it
-def find_frozen_tokens(model, input_ids, inputs_embeds, attention_mask, cache) -> FrozenTokens:
-    """Visual tokens, told by LLaVA's placeholders in ids or in embeddings, and padding, which nobody reads."""
+def find_frozen_tokens(model: nn.Module, given: torch.Tensor, attention_mask: Any, cache: Any) -> FrozenTokens:
+    """Visual tokens, told by LLaVA's placeholders among ids (B, S) or embeddings, and padding, which nobody reads."""
     names = [name for name in ("image_token_id", "video_token_id") if hasattr(model.config, name)]
-    source = inputs_embeds if input_ids is None else input_ids
-    placeholders = torch.tensor([getattr(model.config, name) for name in names], device=source.device)
-    if input_ids is not None:
-        frozen = torch.isin(input_ids, placeholders)
+    placeholders = torch.tensor([getattr(model.config, name) for name in names], device=given.device)
+    if given.dim() == 2:
+        frozen = torch.isin(given, placeholders)
     else:
-        frozen = (inputs_embeds.unsqueeze(-2) == model.get_input_embeddings()(placeholders)).all(dim=-1).any(dim=-1)
+        frozen = (given.unsqueeze(-2) == model.get_input_embeddings()(placeholders)).all(dim=-1).any(dim=-1)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         past = 0 if cache is None else int(cache.get_seq_length())
         padding = attention_mask[:, past : past + frozen.shape[1]].to(frozen.device) == 0
@@ -297,19 +240,15 @@ def find_frozen_tokens(model, input_ids, inputs_embeds, attention_mask, cache) -
 
 
 class ShortVMixin:
-    """Mixin for a LLaVA with its head: visual tokens are frozen in the layers named by the configuration.
-
-    Raises:
-        ValueError: if the text backbone is not one of `SHORTV_LAYERS`.
-    """
+    """Mixin for a LLaVA with its head. Raises ValueError for a text backbone that is not in `SHORTV_LAYERS`."""
 
     def __init__(self, config: ShortVConfigMixin):
         super().__init__(config)
         for layer in self.model.language_model.layers:
             if type(layer) not in SHORTV_LAYERS:
                 supported = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
-                backbone = config.text_config.model_type
-                raise ValueError(f"text backbone {backbone!r} is not supported; those are: {supported}")
+                backbone = repr(config.text_config.model_type)
+                raise ValueError(f"text backbone {backbone} is not supported; those are: {supported}")
             # Classes add behaviour, no state: checkpoints load as they are.
             layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
         self.model.register_forward_pre_hook(hand_on_frozen_tokens, with_kwargs=True)
@@ -329,23 +268,23 @@ class ShortVMixin:
         return super().load_state_dict(renamed, *args, **kwargs)
 
 
-class ShortVLlavaForConditionalGeneration(ShortVMixin, LlavaForConditionalGeneration):
+class ShortVLlavaForConditionalGeneration(ShortVMixin, transformers.LlavaForConditionalGeneration):
     config_class = ShortVLlavaConfig
 
 
-class ShortVLlavaNextForConditionalGeneration(ShortVMixin, LlavaNextForConditionalGeneration):
+class ShortVLlavaNextForConditionalGeneration(ShortVMixin, transformers.LlavaNextForConditionalGeneration):
     config_class = ShortVLlavaNextConfig
 
 
-class ShortVVipLlavaForConditionalGeneration(ShortVMixin, VipLlavaForConditionalGeneration):
+class ShortVVipLlavaForConditionalGeneration(ShortVMixin, transformers.VipLlavaForConditionalGeneration):
     config_class = ShortVVipLlavaConfig
 
 
-class ShortVLlavaOnevisionForConditionalGeneration(ShortVMixin, LlavaOnevisionForConditionalGeneration):
+class ShortVLlavaOnevisionForConditionalGeneration(ShortVMixin, transformers.LlavaOnevisionForConditionalGeneration):
     config_class = ShortVLlavaOnevisionConfig
 
 
-class ShortVLlavaNextVideoForConditionalGeneration(ShortVMixin, LlavaNextVideoForConditionalGeneration):
+class ShortVLlavaNextVideoForConditionalGeneration(ShortVMixin, transformers.LlavaNextVideoForConditionalGeneration):
     config_class = ShortVLlavaNextVideoConfig
 
 
@@ -354,6 +293,6 @@ for model_class in MODEL_CLASSES:
     model_class.register_for_auto_class("AutoModelForImageTextToText")  # `save_pretrained` then saves this file too
     model_type = model_class.config_class.model_type
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type] = model_class.__name__  # the pipeline looks here
-    if conversion_mapping is not None:  # transformers 5 renames tensors by tables, 4 by an attribute of the class
+    if conversion_mapping is not None:  # by tables transformers 5 renames tensors, 4 by an attribute of the class
         renaming = conversion_mapping.get_checkpoint_conversion_mapping(model_type.removeprefix("shortv_"))
         conversion_mapping.register_checkpoint_conversion_mapping(model_type, renaming, overwrite=True)

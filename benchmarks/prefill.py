@@ -138,7 +138,7 @@ def main(
         bool, typer.Option("--cuda-graphs", help="Also with both models captured, which leaves the host's time out.")
     ] = False,
     fused_norms: Annotated[
-        bool, typer.Option("--fused-norms", help="Stock's norms as one kernel each, too: the gain of freezing alone.")
+        bool, typer.Option("--fused-norms", help="Norms of both models as one kernel each, as with `use_kernels=True`.")
     ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
@@ -176,6 +176,7 @@ def main(
                 raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
             if fused_norms:
                 fuse_norms(stock)
+                fuse_norms(ours)
             for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 title += ", CUDA graphs" * captured + ", fused norms" * fused_norms

@@ -1,6 +1,6 @@
 """Attention in which only some tokens of a step ask queries, through vLLM's own attention backends.
 
-What the other tokens lend, keys and values, is in the cache by then. What is left looks to a backend like a batch of
+What the other tokens contribute, keys and values, is in the cache by then. The rest looks to a backend like a batch of
 more and shorter requests: each run of consecutive tokens that ask is one, and its sequence ends where the run does.
 """
 

@@ -1,7 +1,7 @@
 """vLLM's LLaVA with ShortV layers: in the layers that a package names, visual tokens are frozen.
 
 In a frozen block visual tokens are read-only memory, as in `modeling_shortv_llava.py`. A step of vLLM holds tokens of
-many requests in one row: the visual ones among them lend keys and values, which go to the cache, and vLLM's own modules
+many requests in one row: visual ones contribute keys and values, which go to the cache, and vLLM's own modules
 run on the others. Steps without visual tokens take vLLM's own path.
 
 Shapes below: S tokens a step, of which T are text and V visual; h hidden size.
@@ -122,7 +122,7 @@ class Step:
             return Stream(*layer(self.positions, *self.join(states)))
         if frozen_attention:
             text, visual = self.split(states)
-            self.lend(layer, visual)
+            self.contribute(layer, visual)
             if self.has_text:
                 text = self.attend(layer, text, self.text_positions)
         else:
@@ -138,7 +138,7 @@ class Step:
         normed, residual = states.normed(layer.input_layernorm)
         return Stream(layer.self_attn(positions=positions, hidden_states=normed), residual)
 
-    def lend(self, layer: nn.Module, visual: torch.Tensor) -> None:
+    def contribute(self, layer: nn.Module, visual: torch.Tensor) -> None:
         """Write the visual tokens' keys and values to the cache, made from their unchanged states (V, h)."""
         attention = layer.self_attn
         key, value = attention.kv_proj(layer.input_layernorm(visual)).chunk(2, dim=-1)

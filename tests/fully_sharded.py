@@ -7,8 +7,8 @@ accelerate refuses FSDP without accelerators, where torch itself (gloo) does not
 
 import sys
 
+import tiny  # noqa: F401 - stock norms then keep float64 here too
 import torch
-import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from processes import leave
@@ -20,8 +20,7 @@ folder, rows_file, state_folder, output_file = sys.argv[1:]
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2,
     auto_wrap_policy="transformer_based_wrap",
-    # transformers 5 gathers the names itself
-    transformer_cls_names_to_wrap=["ShortVLlamaDecoderLayer"] if transformers.__version__ < "5" else None,
+    transformer_cls_names_to_wrap=["LlamaDecoderLayer"],  # as for stock LLaVA
     cpu_ram_efficient_loading=False,
 )
 accelerator = Accelerator(cpu=True)
@@ -31,7 +30,7 @@ for state in (PartialState(), accelerator.state):
 
 
 def prepared():
-    model = ShortVLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    model = ShortVLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).train()
     model.model.vision_tower.requires_grad_(False)  # LLaVA reads none of its last layer: state for that is never made
     return accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3))
 

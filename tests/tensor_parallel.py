@@ -5,6 +5,7 @@ Arguments: package folder, file of inputs, file for what comes out.
 
 import sys
 
+import tiny  # noqa: F401 - stock norms then keep float64 here too
 import torch
 from processes import leave
 from transformers import AutoModelForImageTextToText

@@ -125,7 +125,7 @@ def test_cache_equals_the_hooked_models(layout):
 @torch.no_grad()
 def test_inputs_embeds_in_place_of_input_ids(attn_implementation):
     stock, ours = tiny.pair(attn_implementation=attn_implementation)
-    inputs = tiny.batch(stock, "llava", LAYOUTS["0, 1 and 2 images"])
+    inputs = tiny.batch(stock, "llava", LAYOUTS["0, 1 and 2 images"], "right")
     ours.set_replaced_layers([3, 1])
     expected = ours(**inputs).logits
     inputs["inputs_embeds"] = ours.get_input_embeddings()(inputs.pop("input_ids"))
@@ -188,7 +188,7 @@ def test_hidden_states_are_whole_and_equal(asked_by):
 def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
     stock, ours = tiny.pair(attn_implementation="eager")
     ours.set_replaced_layers([2, 1], ffn=[0])
-    inputs = tiny.batch(stock, "llava", layout)
+    inputs = tiny.batch(stock, "llava", layout, "right")  # stock's padding rows on the left are NaN in float64
     visual = inputs["input_ids"] == tiny.IMAGE_TOKEN
     with tiny.frozen(stock, visual, layers=(2, 1), ffn=(0,)):
         expected = stock(**inputs, output_attentions=True).attentions
@@ -199,20 +199,6 @@ def test_attentions_equal_with_no_rows_for_frozen_tokens(layout):
         if layer in (1, 2):
             stock_weights = stock_weights.masked_fill(visual[:, None, :, None], 0)
         torch.testing.assert_close(ours_weights.transpose(1, 2)[real], stock_weights.transpose(1, 2)[real], **tiny.CLOSE)
-
-
-@torch.no_grad()
-def test_eager_attention_makes_no_full_weights_unasked():
-    """(B, heads, S, keys) for a few computed queries would cost more than the attention of all."""
-    ours = copy.deepcopy(tiny.pair(attn_implementation="eager")[1])
-    ours.set_replaced_layers([2, 1])
-    made = {}
-    for layer in ours.model.language_model.layers:
-        layer.self_attn.register_forward_hook(
-            lambda module, inputs, output: made.update({module.layer_idx: output[1] is not None})
-        )
-    ours(**tiny.batch(ours, "llava", LAYOUTS["one image each"]))
-    assert not made[1] and not made[2]
 
 
 @pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
@@ -243,9 +229,9 @@ def test_config_is_the_truth():
         ours.config.replaced_layers = [2, 3]
         changed = ours(**inputs).logits
         assert not torch.equal(changed, expected)
-        ours.config.replaced_layers = [9]
-        with pytest.raises(ValueError, match="9 is no layer id; ids are integers from 0 to 3"):
-            ours(**inputs)
+        with pytest.raises(ValueError, match="replaced_layers: 9 is no layer id; ids are integers from 0 to 3"):
+            ours.config.replaced_layers = [9]
+        assert torch.equal(ours(**inputs).logits, changed)
         ours.set_replaced_layers([1])
         assert torch.equal(ours(**inputs).logits, expected)
     with pytest.raises(ValueError, match="layer 1 is listed here and in replaced_layers"):

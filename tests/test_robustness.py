@@ -150,8 +150,8 @@ def spoilt_entries(draw):
         known = sorted(where.keys() - {*LISTS, "lc_scores", "calibration"})
         of_numbers = [key for key in known if type(where[key]) is int]
         key, value = draw(
-            st.tuples(st.sampled_from(of_numbers), sizes)
-            | st.tuples(st.sampled_from(known), junk)
+            st.tuples(st.sampled_from(of_numbers or [""]), sizes)  # none are left in a part that is junk itself
+            | st.tuples(st.sampled_from(known or [""]), junk)
             | st.tuples(st.text(max_size=5), junk)
         )
         where[key] = value
@@ -161,8 +161,8 @@ def spoilt_entries(draw):
 @SETTINGS
 @given(spoilt_entries())
 def test_any_value_of_other_entries(given):
-    """What stock LLaVA makes of it, a model or an error; ValueError for an error of any type, or for no number of layers.
-    """
+    """The model or the error that stock LLaVA makes of it. ValueError may stand for any error, and refuses a number of
+    layers that is no integer."""
     stock_config_class, stock_class, _, our_class = tiny.CLASSES["llava"]
     plain = {key: value for key, value in given.items() if key not in (*LISTS, "lc_scores", "calibration", "auto_map")}
     try:
@@ -183,8 +183,7 @@ def test_any_value_of_other_entries(given):
     depths = [getattr(part, "num_hidden_layers", 0) for part in (config.text_config, config.vision_config)]
     if any(isinstance(depth, (int, float)) and depth > 5 for depth in depths):
         return  # layer upon layer until the memory is full, in stock LLaVA too
-    ours, stock = built(our_class, config), built(stock_class, stock_config)
-    assert ours == stock or (ours is ValueError and isinstance(stock, type))
+    assert built(our_class, config) == built(stock_class, stock_config)
 
 
 def test_threads_generate_at_once():

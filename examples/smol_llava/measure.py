@@ -1,8 +1,7 @@
 """Accuracy, divergence and Layer Contribution on held-out pictures, with all questions about one in a row."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,8 +61,7 @@ class Meter:
         """
         right, logits = [], []
         for batch, lengths in self.batches:
-            with freezing(model, frozen and frozen(batch)):
-                states, labels = answer_states(model, batch)
+            states, labels = answer_states(model, batch, frozen and frozen(batch))
             found = model.lm_head(states)
             hits = (found.argmax(-1) == labels).split(lengths)
             right += [bool(hit.all()) for hit in hits]
@@ -98,19 +96,6 @@ class Meter:
         counts = torch.zeros(number, dtype=torch.double).index_add(0, self.pictures, torch.ones_like(values))
         drawn = torch.randint(number, (200, number), generator=generator)
         return (sums[drawn].sum(1) / counts[drawn].sum(1)).std().item()
-
-
-@contextmanager
-def freezing(model, tokens: torch.Tensor | None) -> Iterator[None]:
-    """Let a ShortV model take these tokens (B, S) for visual ones for a while."""
-    if tokens is None:
-        yield
-        return
-    model.model.visual_positions = lambda *_: tokens
-    try:
-        yield
-    finally:
-        del model.model.visual_positions
 
 
 def samples_of(asked: Asked) -> list[Sample]:

@@ -12,6 +12,7 @@ from shortv_llava.checkpoints.shapes import Question
 from shortv_llava.checkpoints.train import IGNORED, Row, collate
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
+from shortv_llava.modeling_shortv_llava import FrozenTokens
 
 UNFINISHED = "unfinished"  # kind of question whose answer is only the beginning of one: its end is not learnt
 
@@ -70,9 +71,17 @@ class Packer:
         return self.processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
 
 
-def answer_states(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final states (N, h) of the positions that predict a label, in the order of rows, and the labels (N,)."""
+def answer_states(
+    model, batch: dict[str, torch.Tensor], frozen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final states (N, h) of the positions that predict a label, in the order of rows, and the labels (N,).
+
+    Args:
+        frozen: the tokens (B, S) that a ShortV model's replaced layers freeze in place of the visual ones.
+    """
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    if frozen is not None:
+        inputs["frozen_tokens"] = FrozenTokens(frozen.to(model.device), *model.config.frozen_layers())
     states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:].to(model.device)
     learnt = labels != IGNORED
