@@ -22,7 +22,7 @@ import json, torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-folder, image = sys.argv[1], Image.open(sys.argv[2])
+folder, image = sys.argv[1], sys.argv[2:] and Image.open(sys.argv[2])
 trust = {"trust_remote_code": True}
 messages = [{"role": "user", "content": [{"type": "image", "image": image},
                                          {"type": "text", "text": "How many objects are there?"}]}]
@@ -118,3 +118,23 @@ def test_hub_named_tensors_load_complete(package_folder):
         assert any(name.startswith("language_model.model.") for name in weights.keys())
     _, info = ShortVLlavaForConditionalGeneration.from_pretrained(package_folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_other_auto_classes_and_text_alone(package_folder, tmp_path):
+    """`AutoModelForVision2Seq` is transformers 4's; the text pipeline loads `AutoModelForCausalLM`."""
+    result, _ = run(
+        """
+        import transformers
+        names = ("AutoModelForPreTraining", "AutoModelForVision2Seq", "AutoModelForCausalLM")
+        autos = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        models = [auto.from_pretrained(folder, dtype=torch.float32, **trust) for auto in autos]
+        pipe = pipeline("text-generation", model=folder, dtype=torch.float32, **trust)
+        said = pipe("USER: Hello ASSISTANT:", max_new_tokens=4, do_sample=False, return_full_text=False)
+        print(json.dumps({"classes": [type(model).__name__ for model in models + [pipe.model]],
+                          "said": said[0]["generated_text"]}))
+        """,
+        package_folder,
+        home=tmp_path,
+    )
+    assert set(result["classes"]) == {"ShortVLlavaForConditionalGeneration"}
+    assert result["said"]
