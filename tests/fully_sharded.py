@@ -23,7 +23,7 @@ plugin = FullyShardedDataParallelPlugin(
     transformer_cls_names_to_wrap=["LlamaDecoderLayer"],  # as for stock LLaVA
     cpu_ram_efficient_loading=False,
 )
-accelerator = Accelerator(cpu=True)
+accelerator = Accelerator(cpu=True, mixed_precision="no")  # whatever a Trainer before left in the environment
 accelerator.state.fsdp_plugin = plugin
 for state in (PartialState(), accelerator.state):
     state.distributed_type = DistributedType.FSDP

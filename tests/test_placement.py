@@ -87,9 +87,7 @@ def pretend_to_place(ours, devices):
     return model
 
 
-@pytest.mark.parametrize(
-    "layout", [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"]], ids=["even", "uneven"]
-)
+@pytest.mark.parametrize("layout", [["tttIttttt", "tttIttttt"], ["tttttt", "tIttItt"]], ids=["even", "uneven"])
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @torch.no_grad()
 def test_two_devices_pretended(frozen, layout):

@@ -1,4 +1,4 @@
-"""Half precision and autocast: as near to the float32 oracle as the stock model with hooks is at that precision."""
+"""Float32 and less: as near to the float64 oracle as the stock model with hooks is at that precision."""
 
 import contextlib
 import copy
@@ -53,30 +53,24 @@ def test_logits_lose_no_more_than_the_hooked_stock_models(model, precision, bloc
             actual = ours.to(dtype)(**inputs).logits[real]
     assert actual.dtype == expected.dtype
     ours_off, stock_off = tiny.root_mean_square(actual - exact), tiny.root_mean_square(expected - exact)
-    assert ours_off <= 1.5 * stock_off + 1e-6
+    assert ours_off <= 1.5 * stock_off
     assert ours_off < 0.1 * tiny.root_mean_square(dense - exact)  # so that a wrong row or layer would have shown
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("num_logits", [0, 1])
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-@pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: "-".join(map(str, model)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_long_prompts(model, precision, num_logits, device):
-    """Little text and more keys than those from which on a GPU attends to them without mask."""
-    dtype, autocast_dtype = precision
-    stock, ours = (copy.deepcopy(model).to(device) for model in tiny.pair(*model))
-    inputs = tiny.batch(tiny.pair(*model)[0], model[0], [tiny.LONG] * 2)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()} | {"logits_to_keep": num_logits}
+def test_long_prompts(dtype, device):
+    """Few tokens ask for thousands of keys."""
+    stock, ours = (copy.deepcopy(model).to(device) for model in tiny.pair())
+    inputs = tiny.batch(tiny.pair()[0], "llava", [tiny.LONG])
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     ours.set_replaced_layers(list(range(tiny.LAYERS)))
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, layers=range(tiny.LAYERS)):
         exact = stock(**inputs).logits
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        with torch.autocast(device, autocast_dtype) if autocast_dtype else contextlib.nullcontext():
-            expected = stock.to(dtype)(**inputs).logits
-            actual = ours.to(dtype)(**inputs).logits
-    rounding = 3e-6  # of float32, of sums over a thousand keys in another order
-    assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact) + rounding
+        expected, actual = stock.to(dtype)(**inputs).logits, ours.to(dtype)(**inputs).logits
+    assert tiny.root_mean_square(actual - exact) <= 1.5 * tiny.root_mean_square(expected - exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

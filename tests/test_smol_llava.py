@@ -4,6 +4,7 @@ import importlib.util
 import random
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from tokenizers import processors
@@ -57,10 +58,10 @@ def tiny_language_model():
 
 @pytest.fixture(scope="module")
 def llava():
-    """(model, packer), float32, of random weights."""
+    """(model, packer), float64, of random weights."""
     language_model, tokenizer = tiny_language_model()
     processor = make_processor(tokenizer)
-    return make_llava(language_model, processor).eval(), Packer(processor)
+    return make_llava(language_model, processor).double().eval(), Packer(processor)
 
 
 def objects_named(scene, name: str) -> list:
@@ -116,7 +117,7 @@ def test_pictures_are_the_same_each_time_and_captions_name_all_objects():
 def test_packed_questions_are_answered_as_each_alone(llava, replaced_layers):
     plain, packer = llava
     config = ShortVLlavaConfig.from_dict(plain.config.to_dict() | {"replaced_layers": replaced_layers})
-    model = ShortVLlavaForConditionalGeneration(config).eval()
+    model = ShortVLlavaForConditionalGeneration(config).double().eval()
     model.load_state_dict(plain.state_dict())
     asked = scenes.held_out(2, 3, seed="packed")
     batch = packer.batch([packer.row(questions) for _, questions in asked], [scene for scene, _ in asked])
@@ -132,7 +133,7 @@ def test_packed_questions_are_answered_as_each_alone(llava, replaced_layers):
             alone = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
         alone = alone.logits[0, -len(answer) - 1 : -1]
         assert labels[found : found + len(answer)].tolist() == answer
-        torch.testing.assert_close(logits[found : found + len(answer)], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[found : found + len(answer)], alone, **tiny.CLOSE)
         found += len(answer)
     assert found == len(labels)
 
@@ -256,7 +257,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_freezing_text_is_what_its_layer_contribution_measures(llava):
     plain, packer = llava
-    model = ShortVLlavaForConditionalGeneration(ShortVLlavaConfig.from_dict(plain.config.to_dict())).eval()
+    model = ShortVLlavaForConditionalGeneration(ShortVLlavaConfig.from_dict(plain.config.to_dict())).double().eval()
     model.load_state_dict(plain.state_dict())
     meter = Meter(packer, scenes.held_out(3, 2, seed="text"), rows=2)
     scores = meter.scores(model, ["visual", "text"])
@@ -284,4 +285,4 @@ def test_packed_layer_contribution_is_that_of_each_prompt_alone(llava):
             alone = contributions(
                 model, make_inputs(packer.processor, [sample]), ["visual", "text"], "release", granularity
             )
-            torch.testing.assert_close(packed[:, order[sample.question]], alone[:, 0], atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(packed[:, order[sample.question]], alone[:, 0], **tiny.CLOSE)

@@ -139,14 +139,21 @@ def test_a_saved_file_is_a_state_dict(family, tmp_path):
 
 
 def test_trainer_with_checkpointing_and_autocast(tmp_path):
-    """The setting that most fine-tunes use."""
+    """The setting that most fine-tunes use: trained weights as near to those trained in float64 as stock's are."""
     blocks = FROZEN["layers"]
-    stock, ours = models(blocks=blocks)
+    exact, _ = models(blocks=blocks)
+    stock, ours = (model.float() for model in models(blocks=blocks))  # autocast leaves float64 alone
     visual = torch.stack([row["input_ids"] for row in rows(stock, 2)]) == tiny.IMAGE_TOKEN
-    with tiny.frozen(stock, visual, **blocks):
-        expected = train(stock, tmp_path / "stock", bf16=True, gradient_checkpointing=True)
-    losses = train(ours, tmp_path / "ours", bf16=True, gradient_checkpointing=True)
-    assert losses == pytest.approx(expected, abs=0.02)
+    with tiny.frozen(exact, visual, **blocks), tiny.frozen(stock, visual, **blocks):
+        train(exact, tmp_path / "exact")
+        train(stock, tmp_path / "stock", bf16=True, gradient_checkpointing=True)
+    train(ours, tmp_path / "ours", bf16=True, gradient_checkpointing=True)
+
+    def off(model):
+        weights, exact_weights = (torch.cat([p.flatten() for p in each.parameters()]) for each in (model, exact))
+        return tiny.root_mean_square(weights.detach() - exact_weights.detach())
+
+    assert off(ours) <= 1.5 * off(stock)
 
 
 @pytest.mark.slow
