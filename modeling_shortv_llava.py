@@ -47,13 +47,12 @@ class FrozenTokens:
 
     def __init__(self, frozen: torch.Tensor, attention_layers: frozenset[int], ffn_layers: frozenset[int]):
         self.attention_layers, self.ffn_layers = attention_layers, ffn_layers
-        num_computed = (~frozen).sum(dim=1).tolist()
-        width = max(1, *num_computed)  # T; attention takes no empty sequence
+        counts = (~frozen).sum(dim=1).tolist()
+        width = max(1, *counts)  # T; attention takes no empty sequence
         self.positions = frozen.to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         self.rows = torch.arange(len(frozen), device=frozen.device)[:, None]
         self.index = (self.rows * frozen.shape[1] + self.positions).flatten()  # among all B * S
-        no_filling = ~frozen.gather(1, self.positions)
-        self.kept = None if min(num_computed) == width else no_filling.flatten().nonzero()[:, 0]  # among all B * T
+        self.kept = None if min(counts) == width else (~frozen.gather(1, self.positions)).flatten().nonzero()[:, 0]
         self.made = {}
 
     def to(self, device: torch.device, **kwargs: Any) -> "FrozenTokens":
@@ -71,9 +70,11 @@ class FrozenTokens:
     def scatter(self, states: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
         """(B, S, ...) with the computed tokens' rows replaced by (B, T, ...)."""
         index, computed = self.index, computed.flatten(0, 1)
-        if self.kept is not None:
+        if self.kept is not None:  # which of the B * T are no filling
             index, computed = index[self.kept], computed[self.kept]
-        return states.flatten(0, 1).index_copy(0, index, computed).view_as(states)
+        states = states.clone(memory_format=torch.contiguous_format)
+        states.flatten(0, 1).index_copy_(0, index, computed)
+        return states  # no view, for hooks may write to it
 
     def once(self, name: str, source: Any, settings: tuple, make: Callable[[], Any]) -> Any:
         """What `make` returns, made anew only if the last layer had another object as source, or other settings."""
@@ -143,7 +144,7 @@ class ShortVAttention:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         query = heads(self.q_proj(tokens.gather(hidden_states)))
-        query = rotate(query, *tokens.once("rotary", rotary, (), lambda: [tokens.gather(part) for part in rotary]))
+        query = rotate(query, *tokens.once("rotary", rotary[0], (), lambda: [tokens.gather(x) for x in rotary]))
         key, value = rotate(heads(self.k_proj(hidden_states)), *rotary), heads(self.v_proj(hidden_states))
         if cache is not None:
             wanted = [kwargs] if "cache_position" in kwargs else []  # by static caches of transformers 4
@@ -246,9 +247,8 @@ class ShortVMixin:
         super().__init__(config)
         for layer in self.model.language_model.layers:
             if type(layer) not in SHORTV_LAYERS:
-                supported = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
-                backbone = repr(config.text_config.model_type)
-                raise ValueError(f"text backbone {backbone} is not supported; those are: {supported}")
+                ours = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
+                raise ValueError(f"text backbone {config.text_config.model_type!r} is not supported; those are: {ours}")
             # Classes add behaviour, no state: checkpoints load as they are.
             layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
         self.model.register_forward_pre_hook(hand_on_frozen_tokens, with_kwargs=True)

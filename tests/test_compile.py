@@ -7,7 +7,6 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 
-
 @pytest.fixture(autouse=True)
 def fresh():
     torch.compiler.reset()

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tiny
-
 from transformers import LlavaConfig
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
