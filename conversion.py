@@ -31,11 +31,12 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError
-from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
 BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
 EMBEDDINGS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 VISION_PREFIX = "vision_tower.vision_model."
@@ -53,43 +54,6 @@ VISION_KEYS = (
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
     *("initializer_range", "initializer_factor"),
 )
-
-CONTENT_MACRO = (
-    "{%- macro content_of(content) -%}"
-    "{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
-    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- endmacro -%}"
-)
-MISTRAL_CHAT_TEMPLATE = CONTENT_MACRO + (
-    "{%- set system = '' -%}"
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set system = '<<SYS>>\\n' + content_of(messages[0]['content']) + '\\n<</SYS>>\\n\\n' -%}"
-    "{%- set messages = messages[1:] -%}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ '[INST] ' + (system if loop.first else '') + content_of(message['content']) + ' [/INST]' }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ ' ' + content_of(message['content']) + ' </s>' }}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-QWEN_CHAT_TEMPLATE = CONTENT_MACRO + (
-    "{%- if messages[0]['role'] != 'system' -%}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ content_of(message['content']) + '<|im_end|>' }}{%- endgeneration -%}"
-    "{%- else -%}{{ content_of(message['content']) + '<|im_end|>' }}{%- endif -%}"
-    "{{ '\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
-CHAT_TEMPLATES = {"llama": VICUNA_CHAT_TEMPLATE, "mistral": MISTRAL_CHAT_TEMPLATE, "qwen2": QWEN_CHAT_TEMPLATE}
 
 
 class StoredTensor(NamedTuple):
@@ -203,30 +167,51 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def weight_index(folder: Path) -> Path | None:
+    """The index of the weights that transformers loads; None where they are a single file, or none."""
+    for name in SINGLE_WEIGHT_FILES:
+        if (folder / name).is_file():
+            return None
+        if (index := folder / f"{name}.index.json").is_file():
+            return index
+    return None
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, safetensors before .bin, each shard once."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ShortVError(f"{index}: has no weight_map; get the file again")
-            shards = list(dict.fromkeys(weight_map.values()))
-            for shard in shards:
-                # No resolving: the files of a Hub cache are links to elsewhere.
-                if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
-                    raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
-                if not (folder / shard).is_file():
-                    raise ShortVError(f"{index}: the shard {shard} is missing; get the file again")
-            return [folder / shard for shard in shards]
+    """The weight files that transformers loads from a checkpoint folder, each shard once."""
+    if index := weight_index(folder):
+        shards = listed_shards(index)
+        for shard in shards:
+            if not shard.is_file():
+                raise ShortVError(f"{index}: the shard {shard.name} is missing; get the file again")
+        return shards
+    for name in SINGLE_WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
     raise ShortVError(f"{folder}: no weights, neither model.safetensors nor pytorch_model.bin nor the index of either")
 
 
+def listed_shards(index: Path) -> list[Path]:
+    """The files that an index of weights names, beside it, whether they are there or not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ShortVError(f"{index}: has no weight_map; get the file again")
+    for shard in weight_map.values():
+        # No resolving: the files of a Hub cache are links to elsewhere.
+        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
+            raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
+    return [index.with_name(shard) for shard in dict.fromkeys(weight_map.values())]
+
+
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
     """The tensors of one weight file by name; they can be read until the context ends."""
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ShortVError(f"{path}: is git-lfs's pointer to a file, not the file; run `git lfs pull` in its folder")
+    if beginning.startswith((b"<!doctype", b"<html")):
+        raise ShortVError(f"{path}: is a web page, no weights; download the file again")
     if path.suffix == ".bin":
         yield {
             name: StoredTensor(tuple(tensor.shape), dtype_name(tensor.dtype), lambda tensor=tensor: tensor)
@@ -567,11 +552,11 @@ def write_tokenizer(
         if image_token is None:
             raise ShortVError(f"{source}: its tokenizer has no token {image_token_id} to stand for an image")
 
-    template = chat_template_of(tokenizer, text_config["model_type"])
-    if template is None:
-        notes.append(f"{source}: its prompt format is unknown; put its chat template into chat_template.jinja")
+    name = format_of(text_config["model_type"], tokenizer.get_vocab())
+    if name is None:
+        notes.append(f"{source}: its prompt format is unknown; give it with --chat-template")
     else:
-        (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
+        (output / "chat_template.jinja").write_text(FORMATS[name].replace("<image>", image_token), encoding="utf-8")
     (output / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     write_json(
@@ -585,13 +570,6 @@ def write_tokenizer(
         },
     )
     return SpecialTokens(image_token, tokenizer.convert_tokens_to_ids(image_token), tokenizer.pad_token_id)
-
-
-def chat_template_of(tokenizer, backbone: str) -> str | None:
-    """The prompt format LLaVA tunes this backbone with; for Llama models that are not Vicuna's kin, their own."""
-    if backbone == "llama" and {"<|im_start|>", "<|start_header_id|>"} & tokenizer.get_vocab().keys():
-        return tokenizer.chat_template
-    return CHAT_TEMPLATES[backbone]
 
 
 def write_processor(tower: Path, output: Path, model_config: dict, image_token: str, notes: list[str]) -> None:
