@@ -552,11 +552,8 @@ def write_tokenizer(
         if image_token is None:
             raise ShortVError(f"{source}: its tokenizer has no token {image_token_id} to stand for an image")
 
-    name = format_of(text_config["model_type"], tokenizer.get_vocab())
-    if name is None:
-        notes.append(f"{source}: its prompt format is unknown; give it with --chat-template")
-    else:
-        (output / "chat_template.jinja").write_text(FORMATS[name].replace("<image>", image_token), encoding="utf-8")
+    template = FORMATS[format_of(text_config["model_type"], tokenizer.get_vocab())]
+    (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
     (output / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     write_json(

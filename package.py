@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,8 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     repo_id, revision = split_revision(base)
     if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     from shortv_llava.conversion import SINGLE_WEIGHT_FILES, listed_shards
 
@@ -147,7 +148,8 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     try:
         folder = download(revision, others)
         for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
-            if (download(folder.name, [name]) / name).is_file():
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repo_id, name, revision=folder.name)
                 break
             if (folder / f"{name}.index.json").is_file():
                 download(folder.name, [path.name for path in listed_shards(folder / f"{name}.index.json")])

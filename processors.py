@@ -72,7 +72,7 @@ def write_processor(
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     if not (target / "tokenizer_config.json").is_file():
-        raise ShortVError(f"{base}: has no tokenizer; copy the processor files of the base model there")
+        return ["has no tokenizer, so its package has none and takes only token ids"]
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
@@ -112,6 +112,8 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
     """
     from shortv_llava.package import config_object, read_config
 
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ShortVError(f"{folder}: has no tokenizer; copy the processor files of the base model there")
     config = config_object(read_config(folder))
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)

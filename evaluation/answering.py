@@ -71,7 +71,7 @@ class Answerer:
         self.vicuna_system = vicuna_system
         processor.tokenizer.padding_side = "left"
         question = "\N{ASTERISM}"
-        prompt = self._prompt(Question(0, question))
+        prompt = make_prompt(processor, question, 1, vicuna_system)
         self.shared_prefix = shared_prefix and prompt.index(processor.image_token) < prompt.index(question)
         self.generation = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
         if temperature > 0:

@@ -325,5 +325,6 @@ class TestData:
             template = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
             monkeypatch.setattr(processor, "chat_template", template)
         prompt = make_prompt(processor, "What is it?")
-        assert prompt.startswith("A chat between a curious human") and prompt.count("A chat") == 1
+        spelt = "user" if leaves_out else "human"  # as tuned; the embedded checkpoint's own
+        assert prompt.startswith(f"A chat between a curious {spelt}") and prompt.count("A chat") == 1
         assert prompt.endswith(" USER: <image>\nWhat is it? ASSISTANT:")

@@ -53,7 +53,7 @@ def embedded():
 @pytest.fixture
 def model_and_processor(embedded, monkeypatch):
     model, processor = embedded
-    monkeypatch.setattr(processor, "chat_template", FORMATS["vicuna_v1"])
+    monkeypatch.setattr(processor, "chat_template", FORMATS["llava_v1"])
     model.set_replaced_layers(REPLACED_LAYERS)
     return embedded
 
@@ -441,12 +441,12 @@ def command(monkeypatch, *arguments) -> int:
 
 
 def test_command_fails_with_one_line(monkeypatch, capsys, tmp_path):
-    without_template = tmp_path / "model"
-    shutil.copytree(CHECKPOINT, without_template, ignore=shutil.ignore_patterns("chat_template*"))
+    without_tokenizer = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, without_tokenizer, ignore=shutil.ignore_patterns("tokenizer*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, reason in (
         ([tmp_path / "nowhere"], "no such folder"),
-        ([without_template], "no chat template"),
+        ([without_tokenizer], "has no tokenizer"),
         ([CHECKPOINT, "--image", "nowhere.png"], "nowhere.png: no such image"),
         ([CHECKPOINT, "--replaced-layers", "99"], "99 is no layer id"),
         ([CHECKPOINT, "--load-in-4bit"], "pip install bitsandbytes"),

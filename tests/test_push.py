@@ -457,6 +457,7 @@ def test_damaged_weights_are_found_before_upload(hub, folder, damage, word):
 def test_a_listed_shard_that_is_missing(hub, folder):
     index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
     with fails("model-00001-of-00002.safetensors is missing"):
         push(folder, REPO, license="mit")
 
