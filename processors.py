@@ -8,7 +8,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,29 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
         ShortVError: if there is none, or it gives no prompt with a picture.
         ImportError: if it needs a library that is missing, as torchvision.
     """
+    with _put_right(folder, chat_template, image_aspect_ratio) as (target, notes):
+        for note in notes:
+            logger.warning(f"{folder}: {note}")
+        return _load(target)
+
+
+def outdated_files(folder: Path) -> list[str]:
+    """Names of a package's processor files that [`write_processor`] would put right.
+
+    Raises:
+        ShortVError, ImportError: as for [`load_processor`].
+    """
+    with _put_right(folder) as (target, _):
+        _load(target)
+        wanted = {path: folder / path.relative_to(target) for path in files_like(target, PROCESSOR_PATTERNS)}
+        return [path.name for path, own in wanted.items() if not own.is_file() or own.read_bytes() != path.read_bytes()]
+
+
+@contextmanager
+def _put_right(
+    folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder for as long as it is used, with the processor files of a checkpoint put right, and the notes."""
     from shortv_llava.package import config_object, read_config
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -118,9 +142,7 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         shutil.copyfile(folder / "config.json", target / "config.json")
-        for note in write_processor(folder, target, config, chat_template, image_aspect_ratio):
-            logger.warning(f"{folder}: {note}")
-        return _load(target)
+        yield target, write_processor(folder, target, config, chat_template, image_aspect_ratio)
 
 
 def pads(processor) -> bool:

@@ -50,7 +50,7 @@ from shortv_llava.package import (
     read_config,
     split_revision,
 )
-from shortv_llava.processors import files_like, load_processor
+from shortv_llava.processors import files_like, outdated_files
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
     check_model(folder, config, with_weights)
     with quiet():
         try:
-            load_processor(folder)
+            if outdated := outdated_files(folder):
+                logger.warning(f"{folder}: {', '.join(outdated)} should be otherwise; make the package again")
         except Exception as error:  # broken files fail in ways that differ by version
             logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
     return config

@@ -16,7 +16,7 @@ from shortv_llava import CONFIG_CLASSES, ShortVLlavaForConditionalGeneration
 from shortv_llava.chat_templates import FORMATS
 from shortv_llava.errors import ShortVError
 from shortv_llava.package import write_package
-from shortv_llava.processors import load_processor, pads
+from shortv_llava.processors import load_processor, outdated_files, pads
 from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM, make_prompt, process
 
 QUESTION = "What's in [it]?"
@@ -144,6 +144,12 @@ class TestTokens:
 
 
 class TestSettings:
+    def test_a_push_tells_what_an_older_version_left_wrong(self, base, package, tmp_path):
+        package()
+        assert outdated_files(tmp_path / "package") == []
+        edit(tmp_path / "package" / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+        assert outdated_files(tmp_path / "package") == ["tokenizer_config.json"]
+
     def test_what_lacks_comes_from_the_configuration(self, base, package):
         (base / "processor_config.json").unlink()
         processor = package()
