@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# What an adapter consists of, and LLaVA's projector alone, which is told apart.
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
 INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
 TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
 # Processor, tokenizer, generation settings and the base model's terms.
@@ -105,24 +107,26 @@ def parse_layers(spec: str, base: str) -> list[int]:
         raise ShortVError(f"layers must be published, none or ids separated by commas, got {spec!r}") from None
 
 
-def find_checkpoint(base: str, vision_tower: str | None = None) -> Path:
+def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: str | None = None) -> Path:
     """The local folder of a checkpoint in the Hugging Face layout: `base` itself, or the download of a Hub id.
 
-    A checkpoint in the original LLaVA layout is converted into a folder that goes when the process ends.
+    A checkpoint in the original LLaVA layout is converted, an adapter merged, into a folder that goes when the process
+    ends.
 
     Args:
         base: a folder, or a Hub id with or without `@revision`.
         vision_tower: of an original checkpoint, folder or Hub id; by default the one its config.json names.
+        base_weights: of an adapter, folder or Hub id; by default the one its adapter_config.json names.
 
     Raises:
         ShortVError: if there is no such folder, the Hub does not give it, or it cannot be converted.
     """
     from huggingface_hub import cached_assets_path
 
-    from shortv_llava.conversion import is_original
+    from shortv_llava.conversion import must_convert
 
     folder = fetch_checkpoint(base)
-    if not is_original(folder):
+    if not must_convert(folder):
         return folder
     # Beside the Hub's cache, where there is room for models; /tmp is often in memory.
     temporary = tempfile.TemporaryDirectory(dir=cached_assets_path("shortv_llava"))
@@ -130,7 +134,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None) -> Path:
     # The end of the path is kept: in the Hub's cache it names the repository, see `hub_id`.
     converted = Path(temporary.name, *folder.absolute().parts[-3:])
     converted.mkdir(parents=True)
-    convert_original(folder, converted, vision_tower)
+    convert_checkpoint(folder, converted, vision_tower, base_weights)
     for path in matching(folder, (CARD_FILE, *TERMS_PATTERNS)):
         shutil.copyfile(path, converted / path.name)
     return converted
@@ -149,7 +153,8 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
+    weight_patterns = (*WEIGHT_PATTERNS, *ADAPTER_PATTERNS) if weights else ()
+    patterns = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *weight_patterns]
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the client's errors differ by version and transport
@@ -339,45 +344,47 @@ def write_package(
     weights: bool = True,
     base_model: str | None = None,
     vision_tower: str | None = None,
+    base_weights: str | None = None,
     **settings,
 ) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
 
     Args:
-        base: a checkpoint in the Hugging Face layout, or in the original LLaVA layout, which is converted.
+        base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
-        vision_tower: of an original checkpoint, as for [`find_checkpoint`].
+        vision_tower, base_weights: as for [`find_checkpoint`].
 
     Raises:
         ShortVError: if the base is no LLaVA checkpoint with weights, or the output must not be written.
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
-    from shortv_llava.conversion import is_original, read_json
+    from shortv_llava.conversion import is_original, must_convert, read_json
     from shortv_llava.model_card import base_metadata, write_card
 
-    original = is_original(base)
-    if original and not weights:
-        raise ShortVError(f"{base}: its layout is LLaVA's own, whose weights are converted; leave out --no-weights")
-    if original:  # the layers are checked before the long work
-        known = read_json(base / "config.json")
+    converted = must_convert(base)
+    if converted and not weights:
+        kind = "its layout is LLaVA's own" if is_original(base) else "is an adapter"
+        raise ShortVError(f"{base}: {kind}, whose weights are converted; leave out --no-weights")
+    if converted:  # the layers are checked before the long work
+        known = read_json(base / "config.json") if is_original(base) else {}
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
     else:
         config = package_config(read_config(base), **settings)
     check_output(output, overwrite, base)
     weight_files = matching(base, WEIGHT_PATTERNS)
-    if weights and not weight_files:
+    if weights and not weight_files and not converted:
         raise ShortVError(f"{base}: there are no weight files ({', '.join(WEIGHT_PATTERNS)}) in it")
     with replacing(output) as staging:
-        if original:
-            convert_original(base, staging, vision_tower)
+        if converted:
+            convert_checkpoint(base, staging, vision_tower, base_weights)
             config = package_config(read_config(staging), **settings)
         else:
             for path in weight_files if weights else ():
                 link_or_copy(path, staging / path.name)
-        for path in matching(base, TERMS_PATTERNS if original else (*INDEX_PATTERNS, *OTHER_PATTERNS)):
+        for path in matching(base, TERMS_PATTERNS if converted else (*INDEX_PATTERNS, *OTHER_PATTERNS)):
             shutil.copyfile(path, staging / path.name)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent / name, staging / name)
@@ -386,11 +393,11 @@ def write_package(
         write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
 
 
-def convert_original(source: Path, output: Path, vision_tower: str | None) -> None:
-    """Convert an original LLaVA checkpoint into a folder of the caller's own."""
+def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, base_weights: str | None) -> None:
+    """Convert an original LLaVA checkpoint or merge an adapter into a folder of the caller's own."""
     from shortv_llava.conversion import convert
 
-    for note in convert(source, output, vision_tower):
+    for note in convert(source, output, vision_tower, base_weights=base_weights):
         logger.warning(note)
 
 
