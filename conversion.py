@@ -586,6 +586,7 @@ def write_tokenizer(
             **{name: token for name, token in special.items() if token is not None},
             "model_max_length": tokenizer.model_max_length,
             "padding_side": "left",  # as generation in batches needs it
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types otherwise
             "clean_up_tokenization_spaces": False,
         },
     )
@@ -629,7 +630,8 @@ def write_processor(
         "vision_feature_select_strategy": model_config["vision_feature_select_strategy"],
     }
     if family == "llava_onevision":
-        processor["num_image_tokens"] = model_config["image_seq_length"]
+        num_patches = (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+        processor["num_image_tokens"] = num_patches + (not siglip)
         processor["vision_aspect_ratio"] = model_config["vision_aspect_ratio"]
     else:
         processor["patch_size"] = vision_config["patch_size"]
