@@ -124,8 +124,7 @@ def low_rank_update(
     down, up = pair["A"], pair["B"]
     rank = by_pattern(module, settings, "rank_pattern", "r")
     alpha = by_pattern(module, settings, "alpha_pattern", "lora_alpha")
-    embedding = "lora_embedding_" in down.name
-    transposed = embedding or bool(settings.get("fan_in_fan_out"))
+    transposed = "lora_embedding_" in down.name  # never by fan_in_fan_out, for all layers of LLaVA are torch's linear
     if len(down.shape) != 2 or len(up.shape) != 2:
         raise ShortVError(f"{down.file}: {down.name} and its lora_B are no matrices; only linear layers can be merged")
     if down.shape[0] != rank or up.shape[1] != rank:
