@@ -253,8 +253,10 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
             raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the base {base}")
     output.mkdir(parents=True, exist_ok=True)
     write_weights(output, merged, {}, "Merging")
-    processor = adapter if any((adapter / f"{name}rocessor_config.json").is_file() for name in ("p", "prep")) else base
-    for folder, patterns in ((base, ("config.json", CARD_FILE)), (processor, OTHER_PATTERNS)):
+    processors = [base]
+    if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        processors.append(adapter)  # a whole one, as it was trained with
+    for folder, patterns in ((base, ("config.json", CARD_FILE)), *((folder, OTHER_PATTERNS) for folder in processors)):
         for path in matching(folder, patterns):
             shutil.copyfile(path, output / path.name)
     return []
@@ -270,11 +272,8 @@ def check_presence(source: Path, weights: Path) -> None:
     if source == weights and (source / "mm_projector.bin").is_file() and not has_weights(source):
         what = "holds a projector alone (mm_projector.bin), as LLaVA's pretraining leaves it"
         raise ShortVError(f"{source}: {what}; the language model tuned with it is missing, give that checkpoint")
-    if (
-        source != weights
-        and (weights / "config.json").is_file()
-        and "vision_config" in read_json(weights / "config.json")
-    ):
+    base_config = weights / "config.json"
+    if source != weights and base_config.is_file() and "vision_config" in read_json(base_config):
         needed = "a plain language model or a LLaVA in its original layout"
         raise ShortVError(f"{weights}: is in the Hugging Face layout; the adapter {source} needs {needed}")
 
@@ -314,13 +313,11 @@ def vision_target(name: str) -> str | None:
 
 def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_inside: bool) -> None:
     """Leave out SigLIP's last layer, which LLaVA cuts off; a checkpoint that holds the tower holds it cut."""
-    layers = f"{VISION_PREFIX}encoder.layers."
     last = vision_config["num_hidden_layers"] - 1
-    if not any(target.startswith(f"{layers}{last}.") for target in plan):
-        vision_config["num_hidden_layers"] -= 1
-    elif not tower_inside:
-        vision_config["num_hidden_layers"] -= 1
-        for target in [target for target in plan if target.startswith(f"{layers}{last}.")]:
+    targets = [target for target in plan if target.startswith(f"{VISION_PREFIX}encoder.layers.{last}.")]
+    if not (targets and tower_inside):
+        vision_config["num_hidden_layers"] = last
+        for target in targets:
             del plan[target]
 
 
@@ -388,7 +385,9 @@ def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> 
     if Path(tower).is_dir():
         return Path(tower)
     if not isinstance(tower, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", tower):
-        raise ShortVError(f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP model")
+        raise ShortVError(
+            f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
+        )
     patterns = [["config.json", "preprocessor_config.json"]]
     if with_weights:  # one format, not both
         patterns += [["model*.safetensors", "model*.safetensors.index.json"], ["pytorch_model*.bin*"]]
@@ -430,7 +429,7 @@ def family_of(source: Path, config: dict, vision_config: dict, notes: list[str])
         return "llava"
     tiled = re.fullmatch(r"anyres(_max_\d+)?", str(aspect_ratio))
     if tiled and merge_type == "flat" and vision_config["model_type"] == "siglip_vision_model":
-        # Interleave: https://github.com/LLaVA-VL/LLaVA-NeXT evaluates it, and llava-hf converted it, without tiles.
+        # Interleave: its authors evaluate it, and llava-hf converted it, without tiles.
         notes.append(f"{source}: made for many images; each is resized as a whole and not tiled, as in its evaluation")
         return "llava"
     if tiled and merge_type == "spatial_unpad":
