@@ -73,20 +73,15 @@ def main(
 def make_original(folder: Path, text: dict, first_shard: float) -> int:
     """A LLaVA-1.5 of random half-precision weights, its tower apart. Returns the bytes of the largest shard."""
     folder.mkdir()
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
+    hidden = text["hidden_size"]
+    width = hidden // 4  # a 7B's is CLIP-L
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **text)).state_dict()
         tower = CLIPVisionModel(vision).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in language.items()}
-    hidden = text["hidden_size"]
-    for number, columns in ((0, 1024), (2, hidden)):
+    for number, columns in ((0, width), (2, hidden)):
         shapes |= {
             f"model.mm_projector.{number}.weight": (hidden, columns),
             f"model.mm_projector.{number}.bias": (hidden,),

@@ -215,6 +215,15 @@ def test_packages_of_adapters(make, tmp_path):
     write_package(adapter, tmp_path / "other", base_weights=str(tmp_path / "base"), replaced_layers=[1])
 
 
+def test_an_adapter_and_its_base_from_the_hub(make, hub):
+    adapter, _, _ = make()
+    tower = adapter / "tower"
+    edit(adapter / "adapter_config.json", base_model_name_or_path="org/base")
+    for name, folder in (("lora", adapter), ("base", adapter.parent / "base")):
+        hub.add_repo(f"org/{name}", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    assert read_config(find_checkpoint("org/lora", str(tower)))["model_type"] == "llava"
+
+
 # What is refused
 
 

@@ -40,6 +40,7 @@ from transformers import (
     SiglipModel,
 )
 
+from shortv_llava.benchmarks.conversion import make_adapter
 from shortv_llava.conversion import convert, is_original
 
 
@@ -249,8 +250,9 @@ def test_a_tied_head_is_written_out(make, tmp_path):
     assert torch.equal(load(tmp_path / "hf", CLASSES["llava"]).lm_head.weight, embeddings)
 
 
-def test_peak_memory_is_one_shard(tmp_path):
-    """The converter's own resident set, at its highest: ten shards of up to 65 MB, 447 MB in all."""
+@pytest.mark.parametrize("merged", [False, True])
+def test_peak_memory_is_one_shard(tmp_path, merged):
+    """The converter's own resident set, at its highest: ten shards of up to 65 MB, 447 MB in all, and a LoRA's 113."""
     if not Path("/proc/self/status").exists():
         pytest.skip("/proc has the highest resident set of one process; getrusage counts its parent's too")
     source = tmp_path / "original"
@@ -267,6 +269,8 @@ def test_peak_memory_is_one_shard(tmp_path):
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     save_config(source, stock)
     save_tower(source / "tower", stock_model("llava"))
+    if merged:
+        make_adapter(tmp_path / "lora", source, sizes, rank=128)
 
     program = """if True:
         import sys
@@ -280,7 +284,7 @@ def test_peak_memory_is_one_shard(tmp_path):
         conversion.convert(Path(sys.argv[1]), Path(sys.argv[2]))
         print(memory("VmHWM") - before)
     """
-    command = [sys.executable, "-c", program, source, tmp_path / "hf"]
+    command = [sys.executable, "-c", program, tmp_path / "lora" if merged else source, tmp_path / "hf"]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     sizes = [path.stat().st_size / 2**20 for path in source.glob("*.safetensors")]
     peak = float(result.stdout)
