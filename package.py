@@ -363,15 +363,15 @@ def write_package(
     from shortv_llava.conversion import is_original, must_convert, read_json
     from shortv_llava.model_card import base_metadata, write_card
 
-    converted = must_convert(base)
+    original, converted = is_original(base), must_convert(base)
     if converted and not weights:
-        kind = "its layout is LLaVA's own" if is_original(base) else "is an adapter"
+        kind = "its layout is LLaVA's own" if original else "is an adapter"
         raise ShortVError(f"{base}: {kind}, whose weights are converted; leave out --no-weights")
-    if converted:  # the layers are checked before the long work
-        known = read_json(base / "config.json") if is_original(base) else {}
+    if original:  # the layers are checked before the long work
+        known = read_json(base / "config.json")
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
-    else:
+    elif not converted:
         config = package_config(read_config(base), **settings)
     check_output(output, overwrite, base)
     weight_files = matching(base, WEIGHT_PATTERNS)
