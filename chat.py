@@ -21,7 +21,7 @@ from transformers import (
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import load_image
 from shortv_llava.package import cache_name, parse_layers
-from shortv_llava.prompts import VICUNA_SYSTEM
+from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM, tokenize
 
 HELP = """\
 /image FILE|URL  attach an image to the next question; several, one by one
@@ -73,7 +73,8 @@ class Conversation:
     ours, since `generate` of transformers 4 hands images to the model only while the cache is empty.
 
     Args:
-        system (`str`, *optional*): the system sentence; if not given the chat template's own, and Vicuna's for Vicuna.
+        system (`str`, *optional*): the system sentence; if not given the chat template's own, for Vicuna that
+            of LLaVA's chat.
         temperature (`float`): 0 takes the likeliest token each time.
         seed (`int`, *optional*): of the sampling.
 
@@ -107,8 +108,8 @@ class Conversation:
 
         self.system = system
         probe = [Turn("", [])]
-        if system is None and self._render(probe).startswith("USER:"):  # llava-hf's templates leave the sentence out
-            self.system = VICUNA_SYSTEM
+        if system is None and self._render(probe).startswith(("USER:", TUNING_SYSTEM)):
+            self.system = CHAT_SYSTEM
         if self.system is not None and self.system not in self._render(probe):
             raise ShortVError("the model's chat template has no place for a system sentence; leave --system out")
 
@@ -206,9 +207,7 @@ class Conversation:
 
     def _sequence(self, turns: Sequence[Turn]) -> list[int | Picture]:
         """The prompt, an entry for each token the model sees: its id, or the picture for each of a picture's tokens."""
-        text, tokenizer = self._render(turns), self.processor.tokenizer
-        has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]
+        [ids] = tokenize(self.processor, [self._render(turns)])
         pictures = [picture for turn in turns for picture in turn.pictures]
         places = ids.count(self.model.config.image_token_id)
         if places != len(pictures):

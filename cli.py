@@ -19,6 +19,20 @@ BaseWeights = Annotated[
     str | None,
     typer.Option(help="Of a LoRA adapter, folder or Hub id; what its adapter_config.json names if not given."),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="A file or one of LLaVA's formats, as `vicuna_v1`; for bases whose own is missing or takes no pictures."
+    ),
+]
+ShownAspectRatio = Annotated[
+    str,
+    typer.Option(
+        "--image-aspect-ratio",
+        help="`pad`: pictures are padded to squares where the base's processor would crop them, as LLaVA-1.5 is tuned "
+        "and evaluated; `base`: they are cropped.",
+    ),
+]
 ReplacedLayers = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +63,11 @@ def package(
     ] = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
+    chat_template: ChatTemplate = None,
+    image_aspect_ratio: Annotated[
+        str,
+        typer.Option(help="`pad`: the package pads pictures to squares as LLaVA-1.5; `base`: it does as its base."),
+    ] = "base",
     overwrite: Overwrite = False,
 ) -> None:
     """Make a package folder from a checkpoint and layers that are known already.
@@ -67,6 +86,7 @@ def package(
     """
     from shortv_llava.package import check_output, fetch_checkpoint, parse_layers, write_package
 
+    _check_aspect_ratio(image_aspect_ratio)
     replaced_layers = parse_layers(layers, base)
     check_output(output, overwrite)
     write_package(
@@ -77,6 +97,8 @@ def package(
         base_model=base_model,
         vision_tower=vision_tower,
         base_weights=base_weights,
+        chat_template=chat_template,
+        image_aspect_ratio=image_aspect_ratio,
         replaced_layers=replaced_layers,
     )
     typer.echo(f"wrote {output}: {len(replaced_layers)} layers replaced {replaced_layers}")
@@ -134,6 +156,11 @@ def push(
         _report(f"spaces/{repo_id}", push_space(repo_id, private=private, message=message, dry_run=dry_run), dry_run)
 
 
+def _check_aspect_ratio(value: str) -> None:
+    if value not in ("pad", "base"):
+        raise typer.BadParameter(f"pad or base, not {value!r}", param_hint="--image-aspect-ratio")
+
+
 def _report(name: str, pushed, dry_run: bool) -> None:
     from tqdm import tqdm
 
@@ -176,6 +203,8 @@ def calibrate(
     max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
+    chat_template: ChatTemplate = None,
+    image_aspect_ratio: ShownAspectRatio = "pad",
     dtype: Dtype = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Through bitsandbytes.")] = False,
@@ -205,16 +234,17 @@ def calibrate(
         find_checkpoint,
         leave_processes,
         load_model,
-        load_processor,
         own_device,
         read_config,
     )
+    from shortv_llava.processors import load_processor, pads
 
     data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
     for name, values, known in (("--direction", [direction], Direction), ("--tokens", tokens, Tokens)):
         for value in values:
             if value not in get_args(known):
                 raise typer.BadParameter(f"{' or '.join(get_args(known))}, not {value!r}", param_hint=name)
+    _check_aspect_ratio(image_aspect_ratio)
     check_output(output, overwrite)
     folder = find_checkpoint(base, vision_tower, base_weights)
     text_config = read_config(folder).get("text_config", {})
@@ -222,13 +252,14 @@ def calibrate(
     choice.check(text_config.get("num_hidden_layers", 32))  # files leave Llama's default out
     drawn = load_samples(data, images, samples + held_out, seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
-    processor = load_processor(folder)
+    processor = load_processor(folder, chat_template, image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     settings = {
         "base": base if not Path(base).is_dir() else Path(base).resolve().name,
         "data": [Path(source).name for source in data],
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
+        "image_aspect_ratio": "pad" if pads(processor) else "base",
     }
     result = run(
         folder,
@@ -243,6 +274,7 @@ def calibrate(
         direction,
         max_rows,
         overwrite,
+        chat_template,
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
     PartialState().print(f"wrote {output}: {frozen}")
@@ -346,6 +378,9 @@ def evaluate(
     shared_prefix: Annotated[
         bool, typer.Option(help="Prefill a picture once for all questions about it, or for each anew.")
     ] = True,
+    image_aspect_ratio: Annotated[
+        str | None, typer.Option(help="As for calibrate; `pad` if not given, but for Q-Bench, as in LLaVA's scripts.")
+    ] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
@@ -366,6 +401,8 @@ def evaluate(
     from shortv_llava.evaluation.command import Data, run
     from shortv_llava.package import leave_processes
 
+    if image_aspect_ratio is not None:
+        _check_aspect_ratio(image_aspect_ratio)
     run(
         model,
         Data(task, data, questions, images, metric),
@@ -379,6 +416,7 @@ def evaluate(
             "device_map": device_map,
             "load_in_4bit": load_in_4bit,
             "load_in_8bit": load_in_8bit,
+            "image_aspect_ratio": image_aspect_ratio,
         },
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

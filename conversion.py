@@ -30,9 +30,10 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
+from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, matching
-from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
+from shortv_llava.package import CARD_FILE, OTHER_PATTERNS
+from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
 from shortv_llava.tensors import (
     DTYPES,
     PlannedTensor,
@@ -76,44 +77,6 @@ VISION_KEYS = (
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
     *("initializer_range", "initializer_factor"),
 )
-
-CONTENT_MACRO = (
-    "{%- macro content_of(content) -%}"
-    "{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
-    "{%- for part in content if part['type'] == 'video' -%}{{ '<video>\\n' }}{%- endfor -%}"
-    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- endmacro -%}"
-)
-MISTRAL_CHAT_TEMPLATE = CONTENT_MACRO + (
-    "{%- set system = '' -%}"
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set system = '<<SYS>>\\n' + content_of(messages[0]['content']) + '\\n<</SYS>>\\n\\n' -%}"
-    "{%- set messages = messages[1:] -%}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ '[INST] ' + (system if loop.first else '') + content_of(message['content']) + ' [/INST]' }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ ' ' + content_of(message['content']) + ' </s>' }}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-QWEN_CHAT_TEMPLATE = CONTENT_MACRO + (
-    "{%- if messages[0]['role'] != 'system' -%}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ content_of(message['content']) + '<|im_end|>' }}{%- endgeneration -%}"
-    "{%- else -%}{{ content_of(message['content']) + '<|im_end|>' }}{%- endif -%}"
-    "{{ '\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
-CHAT_TEMPLATES = {"llama": VICUNA_CHAT_TEMPLATE, "mistral": MISTRAL_CHAT_TEMPLATE, "qwen2": QWEN_CHAT_TEMPLATE}
 
 
 class SpecialTokens(NamedTuple):
@@ -253,12 +216,14 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
             raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the base {base}")
     output.mkdir(parents=True, exist_ok=True)
     write_weights(output, merged, {}, "Merging")
-    processors = [base]
+    copied = [(base, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))]
     if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        processors.append(adapter)  # a whole one, as it was trained with
-    for folder, patterns in ((base, ("config.json", CARD_FILE)), *((folder, OTHER_PATTERNS) for folder in processors)):
-        for path in matching(folder, patterns):
-            shutil.copyfile(path, output / path.name)
+        copied.append((adapter, PROCESSOR_PATTERNS))  # a whole one, as it was trained with
+    for folder, patterns in copied:
+        for path in files_like(folder, patterns):
+            copy = output / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     return []
 
 
@@ -571,11 +536,8 @@ def write_tokenizer(
         if image_token is None:
             raise ShortVError(f"{source}: its tokenizer has no token {image_token_id} to stand for an image")
 
-    template = chat_template_of(tokenizer, text_config["model_type"])
-    if template is None:
-        notes.append(f"{source}: its prompt format is unknown; put its chat template into chat_template.jinja")
-    else:
-        (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
+    template = FORMATS[format_of(text_config["model_type"], tokenizer.get_vocab())]
+    (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
     (output / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     write_json(
@@ -591,13 +553,6 @@ def write_tokenizer(
     )
     image_id, video_id = (tokenizer.convert_tokens_to_ids(token) for token in (image_token, "<video>"))
     return SpecialTokens(image_token, image_id, video_id if "<video>" in visual else None, tokenizer.pad_token_id)
-
-
-def chat_template_of(tokenizer, backbone: str) -> str | None:
-    """The prompt format LLaVA tunes this backbone with; for Llama models that are not Vicuna's kin, their own."""
-    if backbone == "llama" and {"<|im_start|>", "<|start_header_id|>"} & tokenizer.get_vocab().keys():
-        return tokenizer.chat_template
-    return CHAT_TEMPLATES[backbone]
 
 
 def write_processor(

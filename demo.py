@@ -14,7 +14,8 @@ from shortv_llava.calibrate.selection import number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.flops import flops_ratio
 from shortv_llava.images import open_image
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 
 NUM_QUESTIONS = 6
 

@@ -21,9 +21,9 @@ from shortv_llava.package import (
     TERMS_PATTERNS,
     config_object,
     hub_id,
-    matching,
     read_config,
 )
+from shortv_llava.processors import files_like
 
 PAPER = "https://arxiv.org/abs/2504.00502"
 DATASETS = {"gqa": "lmms-lab/GQA", "flickr30k": "lmms-lab/flickr30k"}  # by their names in calibration settings
@@ -197,7 +197,7 @@ def base_metadata(base: Path, base_model: str | None = None) -> dict:
 
 
 def _license_of_text(folder: Path) -> str | None:
-    for path in matching(folder, TERMS_PATTERNS):
+    for path in files_like(folder, TERMS_PATTERNS):
         start = path.read_text(encoding="utf-8", errors="replace")[:500].lower()
         for title, identifier in LICENSE_TITLES.items():
             if title in start:
@@ -460,7 +460,7 @@ def _terms(folder: Path, data: ModelCardData) -> str:
     if not licence:
         return f"## Licence\n\nThe weights are those of {base} and stay under its terms, which are not recorded here."
     named = f"[{licence}]({data.license_link})" if data.license_link else licence
-    files = [f"[{path.name}]({path.name})" for path in matching(folder, TERMS_PATTERNS)]
+    files = [f"[{path.name}]({path.name})" for path in files_like(folder, TERMS_PATTERNS)]
     parts = [
         "## Licence",
         f"The weights are those of {base} and stay under its terms: {named}."

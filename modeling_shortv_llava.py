@@ -19,9 +19,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask, flex_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.granite import modeling_granite as granite
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from .configuration_shortv_llava import (
     ShortVConfigMixin,
@@ -143,9 +146,10 @@ class ShortVAttention:
         def heads(states: torch.Tensor) -> torch.Tensor:  # (B, N, heads * d) to (B, heads, N, d)
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query = heads(self.q_proj(tokens.gather(hidden_states)))
+        query, key = heads(self.q_proj(tokens.gather(hidden_states))), heads(self.k_proj(hidden_states))
+        query, key = self.norm_heads(query, key)
         query = rotate(query, *tokens.once("rotary", rotary[0], (), lambda: [tokens.gather(x) for x in rotary]))
-        key, value = rotate(heads(self.k_proj(hidden_states)), *rotary), heads(self.v_proj(hidden_states))
+        key, value = rotate(key, *rotary), heads(self.v_proj(hidden_states))
         if cache is not None:
             wanted = [kwargs] if "cache_position" in kwargs else []  # by static caches of transformers 4
             key, value = cache.update(key, value, self.layer_idx, *wanted)
@@ -167,6 +171,10 @@ class ShortVAttention:
             weights = tokens.scatter(whole, weights.transpose(1, 2)).transpose(1, 2)
         return self.o_proj(update.flatten(2)), weights
 
+    def norm_heads(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention does to queries (B, heads, T, d) and keys (B, heads, S, d) before it rotates them."""
+        return query, key
+
 
 class ShortVDecoderLayer:
     """Mixin for a decoder layer: frozen tokens skip its attention, its FFN or both. Without any it is stock's."""
@@ -184,15 +192,38 @@ class ShortVDecoderLayer:
         normed = self.input_layernorm(hidden_states)
         if attention_frozen:
             update, _ = self.self_attn(hidden_states=normed, frozen_tokens=tokens, **kwargs)
-            computed = tokens.gather(hidden_states) + update
+            computed = self.add(tokens.gather(hidden_states), update)
         else:
             update, _ = self.self_attn(hidden_states=normed, **kwargs)
-            hidden_states = hidden_states + update
+            hidden_states = self.add(hidden_states, update)
             computed = tokens.gather(hidden_states)
         if ffn_frozen:
-            return tokens.scatter(hidden_states, computed + self.mlp(self.post_attention_layernorm(computed)))
+            computed = self.add(computed, self.mlp(self.post_attention_layernorm(computed)))
+            return tokens.scatter(hidden_states, computed)
         hidden_states = tokens.scatter(hidden_states, computed)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """A block's update (B, N, h) added to the residual stream."""
+        return states + update
+
+
+class ShortVGraniteDecoderLayer(ShortVDecoderLayer):
+    """Granite's layers scale their updates; in transformers 4 they return a tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        output = super().forward(*args, **kwargs)
+        return (output,) if conversion_mapping is None and isinstance(output, torch.Tensor) else output
+
+    def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        return states + update * self.residual_multiplier
+
+
+class ShortVQwen3Attention(ShortVAttention):
+    """Qwen3's attention norms queries and keys."""
+
+    def norm_heads(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.q_norm(query), self.k_norm(key)
 
 
 def with_mixin(mixin: type, stock: type) -> type:
@@ -200,17 +231,18 @@ def with_mixin(mixin: type, stock: type) -> type:
     return type(stock.__name__, (mixin, stock), {"__module__": __name__})
 
 
-LlamaAttention = with_mixin(ShortVAttention, llama.LlamaAttention)
-LlamaDecoderLayer = with_mixin(ShortVDecoderLayer, llama.LlamaDecoderLayer)
-MistralAttention = with_mixin(ShortVAttention, mistral.MistralAttention)
-MistralDecoderLayer = with_mixin(ShortVDecoderLayer, mistral.MistralDecoderLayer)
-Qwen2Attention = with_mixin(ShortVAttention, qwen2.Qwen2Attention)
-Qwen2DecoderLayer = with_mixin(ShortVDecoderLayer, qwen2.Qwen2DecoderLayer)
 SHORTV_LAYERS = {
-    llama.LlamaDecoderLayer: (LlamaDecoderLayer, LlamaAttention),
-    mistral.MistralDecoderLayer: (MistralDecoderLayer, MistralAttention),
-    qwen2.Qwen2DecoderLayer: (Qwen2DecoderLayer, Qwen2Attention),
+    layer: (with_mixin(layer_mixin, layer), with_mixin(attention_mixin, attention))
+    for layer, layer_mixin, attention, attention_mixin in (
+        (gemma.GemmaDecoderLayer, ShortVDecoderLayer, gemma.GemmaAttention, ShortVAttention),
+        (granite.GraniteDecoderLayer, ShortVGraniteDecoderLayer, granite.GraniteAttention, ShortVAttention),
+        (llama.LlamaDecoderLayer, ShortVDecoderLayer, llama.LlamaAttention, ShortVAttention),
+        (mistral.MistralDecoderLayer, ShortVDecoderLayer, mistral.MistralAttention, ShortVAttention),
+        (qwen2.Qwen2DecoderLayer, ShortVDecoderLayer, qwen2.Qwen2Attention, ShortVAttention),
+        (qwen3.Qwen3DecoderLayer, ShortVDecoderLayer, qwen3.Qwen3Attention, ShortVQwen3Attention),
+    )
 }
+globals().update({made.__name__: made for pair in SHORTV_LAYERS.values() for made in pair})  # where pickle looks
 
 
 def hand_on_frozen_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:

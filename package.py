@@ -17,11 +17,12 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError
+from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +30,10 @@ CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # What an adapter consists of, and LLaVA's projector alone, which is told apart.
-ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
 INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
 TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
-# Processor, tokenizer, generation settings and the base model's terms.
-OTHER_PATTERNS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    *TERMS_PATTERNS,
-)
+OTHER_PATTERNS = ("generation_config.json", *TERMS_PATTERNS)  # beside configuration, weights and processor
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
@@ -135,7 +124,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
     converted = Path(temporary.name, *folder.absolute().parts[-3:])
     converted.mkdir(parents=True)
     convert_checkpoint(folder, converted, vision_tower, base_weights)
-    for path in matching(folder, (CARD_FILE, *TERMS_PATTERNS)):
+    for path in files_like(folder, (CARD_FILE, *TERMS_PATTERNS)):
         shutil.copyfile(path, converted / path.name)
     return converted
 
@@ -151,12 +140,28 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     repo_id, revision = split_revision(base)
     if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    weight_patterns = (*WEIGHT_PATTERNS, *ADAPTER_PATTERNS) if weights else ()
-    patterns = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *weight_patterns]
+    from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards
+
+    def download(revision: str | None, names: list[str]) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
+
+    others = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *PROCESSOR_PATTERNS]
+    others += ADAPTER_PATTERNS if weights else ()
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        folder = download(revision, others)
+        for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repo_id, name, revision=folder.name)
+                break
+            if (folder / f"{name}.index.json").is_file():
+                download(folder.name, [path.name for path in listed_shards(folder / f"{name}.index.json")])
+                break
+        return folder
+    except ShortVError:
+        raise
     except Exception as error:  # the client's errors differ by version and transport
         raise ShortVError(f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}") from error
 
@@ -345,23 +350,30 @@ def write_package(
     base_model: str | None = None,
     vision_tower: str | None = None,
     base_weights: str | None = None,
+    chat_template: str | None = None,
+    image_aspect_ratio: str = "base",
     **settings,
 ) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
+
+    Model and processor are tried before any weights are copied. What was put right is told as warnings.
 
     Args:
         base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
         vision_tower, base_weights: as for [`find_checkpoint`].
+        chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
 
     Raises:
-        ShortVError: if the base is no LLaVA checkpoint with weights, or the output must not be written.
+        ShortVError: if the base is no LLaVA checkpoint with weights, could not answer, or the output must not be
+            written.
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
-    from shortv_llava.conversion import is_original, must_convert, read_json
+    from shortv_llava.conversion import is_original, must_convert
     from shortv_llava.model_card import base_metadata, write_card
+    from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
 
     original, converted = is_original(base), must_convert(base)
     if converted and not weights:
@@ -372,25 +384,83 @@ def write_package(
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
     elif not converted:
-        config = package_config(read_config(base), **settings)
+        entries = package_config(read_config(base), **settings)
     check_output(output, overwrite, base)
-    weight_files = matching(base, WEIGHT_PATTERNS)
-    if weights and not weight_files and not converted:
-        raise ShortVError(f"{base}: there are no weight files ({', '.join(WEIGHT_PATTERNS)}) in it")
+    if not converted:
+        check_model(base, entries, weights)
     with replacing(output) as staging:
         if converted:
             convert_checkpoint(base, staging, vision_tower, base_weights)
-            config = package_config(read_config(staging), **settings)
-        else:
-            for path in weight_files if weights else ():
+            entries = package_config(read_config(staging), **settings)
+        write_json(staging / "config.json", entries)
+        for note in write_processor(
+            staging if converted else base, staging, config_object(entries), chat_template, image_aspect_ratio
+        ):
+            logger.warning(f"{base}: {note}")
+        copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
+        if weights and not converted:
+            for path in weight_files(base):
                 link_or_copy(path, staging / path.name)
-        for path in matching(base, TERMS_PATTERNS if converted else (*INDEX_PATTERNS, *OTHER_PATTERNS)):
+        if not converted and (index := weight_index(base)):
+            copied.append(index)
+        for path in copied:
             shutil.copyfile(path, staging / path.name)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent / name, staging / name)
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         metadata = base_metadata(base, base_model)
         write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+
+
+def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
+    """See, before anything is copied, that a checkpoint's model can be built and its weights fit it.
+
+    Args:
+        entries: of its config.json.
+        weights: whether to read them too; only their headers are.
+
+    Raises:
+        ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
+    """
+    import torch
+
+    from shortv_llava import MODEL_CLASSES
+    from shortv_llava.tensors import first_line, open_shard, weight_files
+
+    config = config_object(entries)
+    with quiet():
+        try:
+            with torch.device("meta"):
+                next(c for c in MODEL_CLASSES if c.config_class is type(config))(config)
+        except Exception as error:  # configurations of other models fail in ways that differ by version
+            raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
+        if not weights:
+            return
+        for path in weight_files(folder):
+            with open_shard(path) as tensors:  # reads headers, which must fit the file's size
+                if not tensors:
+                    raise ShortVError(f"{path}: holds no tensors; get the file again")
+        try:
+            load_model(folder, device_map="meta")
+        except ShortVError:
+            raise
+        except Exception as error:  # tensors of other shapes fail in ways that differ by version
+            raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and reports of transformers' loading; what is wrong is said in one line."""
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity(reports.CRITICAL)
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, base_weights: str | None) -> None:
@@ -399,10 +469,6 @@ def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, bas
 
     for note in convert(source, output, vision_tower, base_weights=base_weights):
         logger.warning(note)
-
-
-def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = False, **kwargs):
@@ -448,26 +514,6 @@ def cache_name() -> str:
     return "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
-def load_processor(folder: Path):
-    """The processor of a checkpoint or package folder.
-
-    Raises:
-        ShortVError: if there is none, or it has no chat template.
-    """
-    from transformers import AutoConfig, AutoProcessor
-
-    from shortv_llava import CONFIG_CLASSES
-
-    for config_class in CONFIG_CLASSES:  # else a package's own code would be asked for
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    if not (folder / "tokenizer_config.json").exists():
-        raise ShortVError(f"{folder}: has no tokenizer; copy the processor files of the base model there")
-    processor = AutoProcessor.from_pretrained(folder)
-    if not getattr(processor, "chat_template", None):
-        raise ShortVError(f"{folder}: has no chat template; put chat_template.jinja there")
-    return processor
-
-
 def own_device() -> dict:
     """The device map of a process among several: all on the device that accelerate has for it."""
     from accelerate import PartialState
@@ -501,12 +547,13 @@ def load(
     device_map: str | None = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    image_aspect_ratio: str = "base",
 ) -> Loaded:
     """The model and processor of a folder or Hub id.
 
     The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
     checkpoint, those of the environment variable REPLACED_LAYERS, else none. Without a device map the model goes to
-    [`own_device`].
+    [`own_device`]. The processor is put right and perhaps pads, see [`write_processor`].
 
     Raises:
         ShortVError: if there is no such model, or no library to quantise it.
@@ -519,7 +566,7 @@ def load(
     layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
     if layers is not None:
         package_config(config, replaced_layers=layers)  # checks them before the weights are read
-    processor = load_processor(folder)
+    processor = load_processor(folder, image_aspect_ratio=image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     if layers is not None:
         model.set_replaced_layers(layers)

@@ -1,45 +1,64 @@
-"""The prompts that the published models were tuned and calibrated with."""
+"""From a question to a prompt, and from prompts to model inputs; the sentences of LLaVA's prompts.
 
-VICUNA_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+The system sentence has two spellings in LLaVA: Vicuna's models were tuned, and are evaluated and calibrated, with the
+first; the second is that of LLaVA's terminal chat and of Q-Bench.
+"""
+
+from collections.abc import Sequence
+
+TUNING_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+CHAT_SYSTEM = TUNING_SYSTEM.replace("user", "human")
 
 # What lmms-eval puts behind a question of GQA, and in place of one for Flickr30K.
 SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
-# Vicuna's conversation with LLaVA's images. Unlike the templates of the llava-hf repositories it has the system
-# sentence and ends each answer with the end token, as in training.
-VICUNA_CHAT_TEMPLATE = (
-    "{%- macro text_of(content) -%}"
-    "{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- endmacro -%}"
-    "{%- if messages[0]['role'] == 'system' -%}{{ text_of(messages[0]['content']) + ' ' }}"
-    '{%- else -%}{{ "' + VICUNA_SYSTEM + ' " }}{%- endif -%}'
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ 'USER: ' }}"
-    "{%- if message['content'] is not string -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
-    "{%- endif -%}"
-    "{{ text_of(message['content']) + ' ' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}"
-    "{%- generation -%}{{ text_of(message['content']) + '</s>' }}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-)
 
-
-def make_prompt(processor, question: str, num_images: int = 1) -> str:
+def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: str = TUNING_SYSTEM) -> str:
     """The prompt of a first turn, up to where the answer begins.
 
-    Pictures come first, unless the question has places for them, an image token each. Vicuna's system sentence is put
-    in front where the chat template leaves it out, as those of llava-hf do.
+    Pictures come first, unless the question has places for them, an image token each.
+
+    Args:
+        vicuna_system: Vicuna's system sentence, put in front where the chat template leaves it out, as those of
+            llava-hf do. Other models have their template's own.
     """
     num_first = num_images - question.count(processor.image_token)
     content = [{"type": "image"}] * num_first + [{"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{VICUNA_SYSTEM} {prompt}" if prompt.startswith("USER:") else prompt
+    if prompt.startswith("USER:"):
+        return f"{vicuna_system} {prompt}"
+    return prompt.replace(TUNING_SYSTEM, vicuna_system, 1) if prompt.startswith(TUNING_SYSTEM) else prompt
+
+
+def adds_special_tokens(processor, prompts: Sequence[str]) -> bool:
+    """Whether the tokenizer shall begin these prompts; not where the chat template did, as in transformers' own
+    `apply_chat_template(tokenize=True)`. All come of one template."""
+    start = processor.tokenizer.bos_token
+    return start is None or not prompts[0].startswith(start)
+
+
+def process(processor, prompts: Sequence[str], images: Sequence, **kwargs):
+    """Model inputs (a processor's output, on the CPU) for prompts with their pictures.
+
+    Args:
+        images: of all prompts in a row.
+        kwargs: of the processor.
+    """
+    return processor(
+        text=list(prompts),
+        images=list(images) or None,
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=adds_special_tokens(processor, prompts),
+        **kwargs,
+    )
+
+
+def tokenize(processor, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts in which every visual token has its placeholder already."""
+    start = adds_special_tokens(processor, prompts)
+    return processor.tokenizer(list(prompts), add_special_tokens=start)["input_ids"]

@@ -33,7 +33,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from shortv_llava.conversion import first_line, is_original, open_shard, read_json, weight_files
+from shortv_llava.conversion import is_original
 from shortv_llava.errors import ShortVError
 from shortv_llava.model_card import is_edited, make_card, read_card
 from shortv_llava.package import (
@@ -43,14 +43,15 @@ from shortv_llava.package import (
     MODEL_TYPES,
     OWN_KEYS,
     WEIGHT_PATTERNS,
+    check_model,
     hub_reason,
-    load_model,
-    load_processor,
-    matching,
     package_config,
+    quiet,
     read_config,
     split_revision,
 )
+from shortv_llava.processors import files_like, load_processor
+from shortv_llava.tensors import SINGLE_WEIGHT_FILES, first_line, listed_shards, weight_index
 
 logger = logging.getLogger(__name__)
 
@@ -229,45 +230,15 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
             raise ShortVError(f"{folder}: {name} is missing; make the package again")
         if (folder / name).read_bytes() != (Path(__file__).parent / name).read_bytes():
             logger.warning(f"{folder}: {name} differs from this version's; it is published as it is")
-    with _quiet():
-        if with_weights:
-            _check_weights(folder)
+    if with_weights and not files_like(folder, WEIGHT_PATTERNS):
+        raise ShortVError(f"{folder}: holds no weights; name the base model to copy them from with --weights-from")
+    check_model(folder, config, with_weights)
+    with quiet():
         try:
             load_processor(folder)
         except Exception as error:  # broken files fail in ways that differ by version
             logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
     return config
-
-
-def _check_weights(folder: Path) -> None:
-    if not matching(folder, WEIGHT_PATTERNS):
-        raise ShortVError(f"{folder}: holds no weights; name the base model to copy them from with --weights-from")
-    for path in weight_files(folder):
-        with open_shard(path) as tensors:  # reads headers, which must fit the file's size
-            if not tensors:
-                raise ShortVError(f"{path}: holds no tensors; get the file again")
-    try:
-        load_model(folder, device_map="meta")
-    except ShortVError:
-        raise
-    except Exception as error:  # tensors of other shapes fail in ways that differ by version
-        raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and reports of transformers' loading; what is wrong is said in one line."""
-    from transformers.utils import logging as reports
-
-    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity(reports.CRITICAL)
-    reports.disable_progress_bar()
-    try:
-        yield
-    finally:
-        reports.set_verbosity(verbosity)
-        if bars:
-            reports.enable_progress_bar()
 
 
 def _published_files(folder: Path) -> list[Path]:
@@ -345,8 +316,10 @@ def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
     for key in ("text_config", "vision_config", "image_token_index", "image_token_id"):
         if expected.get(key) != config.get(key):
             raise ShortVError(f"{spec}: its config.json has another {key} than {folder}; it is not this package's base")
-    single = [name for name in ("model.safetensors", "pytorch_model.bin") if name in files]
-    names = _listed_weights(folder) or single[:1]
+    if index := weight_index(folder):
+        names = sorted(path.name for path in listed_shards(index))
+    else:
+        names = [name for name in SINGLE_WEIGHT_FILES if name in files][:1]
     missing = [name for name in names if name not in files or not files[name].lfs]
     if missing or not names:
         raise ShortVError(f"{spec}: has no {', '.join(missing) or 'weights'}; it is not this package's base")
@@ -356,16 +329,6 @@ def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
         if path.is_file() and not _same(CommitOperationAdd(name, path), file):
             raise ShortVError(f"{path}: is not the {name} of {spec}; push without --weights-from")
     return Source(repo_id, commit, weights)
-
-
-def _listed_weights(folder: Path) -> list[str]:
-    """Names of the weight files by the folder's index; none if it has no index."""
-    for index in matching(folder, INDEX_PATTERNS):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ShortVError(f"{index}: has no weight_map; get the file again")
-        return sorted(set(weight_map.values()))
-    return []
 
 
 def _card(folder: Path, repo_id: str, remote: Remote, license: str | None, source: Source | None) -> ModelCard:
@@ -392,7 +355,7 @@ def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | 
     yield from _changed([CommitOperationAdd(CARD_FILE, str(card).encode())], remote)
     for path in _published_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name in kept or (source and path in matching(folder, WEIGHT_PATTERNS)):
+        if name in kept or (source and path in files_like(folder, WEIGHT_PATTERNS)):
             continue
         kept.add(name)
         yield from _changed([CommitOperationAdd(name, path)], remote)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shortv_llava.errors import ShortVError
 
+SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
 CONSTANTS = (".rotary_emb.inv_freq", ".position_ids")  # saved by old versions, worked out by later ones
 MERGED_ROWS = 512  # of a weight at a time; its float32 copy is as large as a vocabulary otherwise
@@ -74,34 +75,54 @@ def first_line(error: Exception) -> str:
 
 def has_weights(folder: Path) -> bool:
     """Whether `folder` holds a checkpoint's weights, by the names of its files."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any((folder / f"{name}{suffix}").is_file() for name in names for suffix in ("", ".index.json"))
+    return any((folder / f"{name}{suffix}").is_file() for name in SINGLE_WEIGHT_FILES for suffix in ("", ".index.json"))
+
+
+def weight_index(folder: Path) -> Path | None:
+    """The index of the weights that transformers loads; None where they are a single file, or none."""
+    for name in SINGLE_WEIGHT_FILES:
+        if (folder / name).is_file():
+            return None
+        if (index := folder / f"{name}.index.json").is_file():
+            return index
+    return None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, safetensors before .bin, each shard once."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ShortVError(f"{index}: has no weight_map; get the file again")
-            shards = list(dict.fromkeys(weight_map.values()))
-            for shard in shards:
-                # No resolving: the files of a Hub cache are links to elsewhere.
-                if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
-                    raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
-                if not (folder / shard).is_file():
-                    raise ShortVError(f"{index}: the shard {shard} is missing; get the file again")
-            return [folder / shard for shard in shards]
+    """The weight files that transformers loads from a checkpoint folder, each shard once."""
+    if index := weight_index(folder):
+        shards = listed_shards(index)
+        for shard in shards:
+            if not shard.is_file():
+                raise ShortVError(f"{index}: the shard {shard.name} is missing; get the file again")
+        return shards
+    for name in SINGLE_WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
     raise ShortVError(f"{folder}: no weights, neither model.safetensors nor pytorch_model.bin nor the index of either")
 
 
+def listed_shards(index: Path) -> list[Path]:
+    """The files that an index of weights names, beside it, whether they are there or not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ShortVError(f"{index}: has no weight_map; get the file again")
+    for shard in weight_map.values():
+        # No resolving: the files of a Hub cache are links to elsewhere.
+        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
+            raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
+    return [index.with_name(shard) for shard in dict.fromkeys(weight_map.values())]
+
+
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
     """The tensors of one weight file by name; they can be read until the context ends."""
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ShortVError(f"{path}: is git-lfs's pointer to a file, not the file; run `git lfs pull` in its folder")
+    if beginning.startswith((b"<!doctype", b"<html")):
+        raise ShortVError(f"{path}: is a web page, no weights; download the file again")
     if path.suffix == ".bin":
         yield {
             name: StoredTensor(tuple(tensor.shape), dtype_name(tensor.dtype), lambda tensor=tensor: tensor)

@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import PUBLISHED, load_processor
+from shortv_llava.package import PUBLISHED
+from shortv_llava.processors import load_processor
 
 PATCH = 14
 IMAGE_TOKEN = 999

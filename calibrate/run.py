@@ -121,6 +121,7 @@ def calibrate(
     direction: Direction = "release",
     max_rows: int | None = None,
     overwrite: bool = False,
+    chat_template: str | None = None,
 ) -> Candidate:
     """Score the units of `model`, choose, measure the choice, and write the package `output`.
 
@@ -131,6 +132,7 @@ def calibrate(
         settings: further things that the scores depend on, kept with them.
         tokens: sets of tokens to score; the first one's scores choose.
         max_rows: rows that a layer takes at once, for small memories.
+        chat_template: of the package, see [`write_package`].
 
     Raises:
         ShortVError: if the output must not be written, an unfinished calibration of other settings lies there, options
@@ -152,7 +154,8 @@ def calibrate(
     best = min(candidates, key=lambda granularity: candidates[granularity].chosen["cost"].kl)
     if run.state.is_main_process:
         overwrite = overwrite or run.journal.path.exists()
-        _write(base, output, overwrite, candidates, best, scored_as, [sample.id for sample in held_out], choice)
+        measured_on = [sample.id for sample in held_out]
+        _write(base, output, overwrite, candidates, best, scored_as, measured_on, choice, chat_template)
     run.state.wait_for_everyone()
     return candidates[best]
 
@@ -240,7 +243,9 @@ class Run:
         return tqdm(items, desc=name, unit=unit, disable=not self.state.is_main_process, **settings)
 
 
-def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str, scored_as, held_out, choice) -> None:
+def _write(
+    base, output, overwrite, candidates: dict[str, Candidate], best: str, scored_as, held_out, choice, chat_template
+) -> None:
     """The package with the best candidate, what was found in calibration.json, pictures beside it, tables on screen."""
     taken = candidates[best]
     units, scores, order, curve, number = taken
@@ -269,7 +274,8 @@ def _write(base, output, overwrite, candidates: dict[str, Candidate], best: str,
         },
     }
     lc_scores = candidates["layer"].scores[:, 0].mean(axis=0).tolist() if "layer" in candidates else None
-    write_package(base, output, overwrite, **taken.frozen, lc_scores=lc_scores, calibration=summary)
+    settings = {**taken.frozen, "lc_scores": lc_scores, "calibration": summary}
+    write_package(base, output, overwrite, chat_template=chat_template, **settings)
 
     series = means
     if best == "block":

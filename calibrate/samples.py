@@ -11,7 +11,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
 from shortv_llava.images import open_image
-from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt
+from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt, process
 
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
 
@@ -103,9 +103,8 @@ def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the dat
 def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):
     """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`."""
     prompts = [make_prompt(processor, sample.question) for sample in samples]
-    return processor(
-        text=[f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
-        images=[s.image.convert("RGB") if isinstance(s.image, Image.Image) else open_image(s.image) for s in samples],
-        padding=True,
-        return_tensors="pt",
+    return process(
+        processor,
+        [f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
+        [s.image.convert("RGB") if isinstance(s.image, Image.Image) else open_image(s.image) for s in samples],
     )

@@ -20,7 +20,8 @@ from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.samples import Sample, draw, embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Units, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import CAPTION_PROMPT, make_prompt
 
 BATCH = 50

@@ -34,8 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from shortv_llava.chat_templates import FORMATS
 from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.prompts import CAPTION_PROMPT, VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
+from shortv_llava.prompts import CAPTION_PROMPT, CHAT_SYSTEM
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
 ALIGNMENT = {"steps": 1600, "lr": 1e-3}
@@ -54,7 +55,7 @@ BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt on the questions, with Llama's special tokens and LLaVA's two after them."""
-    corpus = [VICUNA_SYSTEM, "USER: \n ASSISTANT:", CAPTION_PROMPT]
+    corpus = [CHAT_SYSTEM, "USER: \n ASSISTANT:", CAPTION_PROMPT]
     for index in range(2000):
         rng = random.Random(f"tokenizer/{index}")
         scene = shapes.make_scene(rng)
@@ -93,7 +94,7 @@ def make_processor() -> LlavaProcessor:
         tokenizer=make_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=VICUNA_CHAT_TEMPLATE,
+        chat_template=FORMATS["llava_v1"],
         image_token=IMAGE,
         num_additional_image_tokens=1,
     )
@@ -204,7 +205,7 @@ class Conversations:
     def row(self, turns: list[tuple[str, str]], conversation: bool) -> Row:
         prefix = [
             self.tokenizer.bos_token_id,
-            *self.encode(f"{VICUNA_SYSTEM} USER: "),
+            *self.encode(f"{CHAT_SYSTEM} USER: "),
             *self.encode(IMAGE) * self.image_tokens,
         ]
         row = Row([], [], [], [])

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.package import cache_name
-from shortv_llava.prompts import make_prompt
+from shortv_llava.processors import pads
+from shortv_llava.prompts import TUNING_SYSTEM, make_prompt, process, tokenize
 
 
 class Tokens(NamedTuple):
@@ -48,6 +49,7 @@ class Answerer:
         shared_prefix: whether to prefill a picture once; if not, once for each question about it.
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling, for each batch.
+        vicuna_system: see [`make_prompt`].
 
     Attributes:
         settings: what answers depend on beside model, layers and question.
@@ -63,17 +65,20 @@ class Answerer:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        vicuna_system: str = TUNING_SYSTEM,
     ):
         self.model, self.processor, self.batch_size, self.seed = model, processor, batch_size, seed
+        self.vicuna_system = vicuna_system
         processor.tokenizer.padding_side = "left"
         question = "\N{ASTERISM}"
-        prompt = make_prompt(processor, question)
+        prompt = make_prompt(processor, question, 1, vicuna_system)
         self.shared_prefix = shared_prefix and prompt.index(processor.image_token) < prompt.index(question)
         self.generation = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
         if temperature > 0:
             self.generation |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
         self.settings = {key: value for key, value in self.generation.items() if value is not None}
         self.settings |= {"dtype": str(model.dtype).removeprefix("torch.")}
+        self.settings |= {"image_aspect_ratio": "pad" if pads(processor) else "base"}
         if temperature > 0:
             self.settings |= {"seed": seed}
 
@@ -107,7 +112,7 @@ class Answerer:
         """
         torch.manual_seed(self.seed)
         groups = self._groups(batch)
-        prompts = [make_prompt(self.processor, question.text, len(question.images)) for question in batch]
+        prompts = [self._prompt(question) for question in batch]
         if len(groups) < len(batch):
             return self._answer_groups(batch, prompts, groups)
         inputs = self._process(prompts, [picture for question in batch for picture in open_images(question)])
@@ -129,7 +134,7 @@ class Answerer:
             if len(group) > 1:  # they have one picture
                 placeholders = self.processor.image_token * visual
                 texts = [prompts[number].replace(self.processor.image_token, placeholders) for number in group]
-                rows = self.processor.tokenizer(texts)["input_ids"]
+                rows = tokenize(self.processor, texts)
             beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token is left to ask with
             beginnings.append(beginning)
             rests += [(number, index, row[len(beginning) :]) for number, row in zip(group, rows)]
@@ -158,9 +163,11 @@ class Answerer:
                 answers[number] = answer
         return Answered(answers, prompted, prefilled)
 
+    def _prompt(self, question: Question) -> str:
+        return make_prompt(self.processor, question.text, len(question.images), self.vicuna_system)
+
     def _process(self, prompts: list[str], pictures: list):
-        inputs = self.processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
-        return inputs.to(self.model.device, self.model.dtype)
+        return process(self.processor, prompts, pictures).to(self.model.device, self.model.dtype)
 
     def _pad(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """Rows of token ids, filled up on the left, with their mask."""

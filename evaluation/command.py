@@ -87,10 +87,15 @@ def run(
     if metric is not None:
         check_references(metric, questions)
 
-    loaded = load(base, **(loading or {}))
+    loading = dict(loading or {})
+    if loading.get("image_aspect_ratio") is None:
+        loading["image_aspect_ratio"] = task.image_aspect_ratio if task else "pad"
+    loaded = load(base, **loading)
     variants = choose_variants(loaded.model.config, compare, numbers)
     if max_new_tokens is None:
         max_new_tokens = task.max_new_tokens if task else MAX_NEW_TOKENS
+    if task:
+        answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)
     model_id = base if not Path(base).is_dir() else Path(base).resolve().name
     results = evaluate(answerer, questions, variants, output, model_id, metric, **metric_kwargs)

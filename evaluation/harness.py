@@ -21,7 +21,7 @@ from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.images import open_image
 from shortv_llava.package import load
-from shortv_llava.prompts import make_prompt
+from shortv_llava.prompts import make_prompt, process, tokenize
 
 MAX_NEW_TOKENS = 1024  # where a task sets none, as for the harness's own LLaVA
 FEWSHOT_DELIMITER = "\n\n"
@@ -35,7 +35,7 @@ class ShortVLlava(lmms):
 
     Args:
         pretrained: folder or Hub id.
-        replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit: of [`load`].
+        replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit, image_aspect_ratio: of [`load`].
         device, batch_size: the harness's options.
         shared_prefix: whether requests about the same picture, in this process, prefill it once.
 
@@ -54,13 +54,14 @@ class ShortVLlava(lmms):
         device: str | None = None,
         batch_size: int | str = 1,
         shared_prefix: bool = True,
+        image_aspect_ratio: str = "pad",
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) == 0:
             raise ShortVError(f"--batch_size takes a number of rows, not {batch_size!r}")
         self.batch_size, self.shared_prefix = int(batch_size), shared_prefix
         layers = None if replaced_layers is None else str(replaced_layers)  # a single layer arrives as a number
-        loaded = load(pretrained, layers, dtype, device_map or device, load_in_4bit, load_in_8bit)
+        loaded = load(pretrained, layers, dtype, device_map or device, load_in_4bit, load_in_8bit, image_aspect_ratio)
         self.model, self.processor = loaded.model, loaded.processor
         self.device = self.model.device
 
@@ -131,15 +132,12 @@ class ShortVLlava(lmms):
         """Of each continuation, which ends its row, mean loss and whether it is the likeliest."""
         prompts = [make_prompt(self.processor, question.text, len(question.images)) for question in batch]
         texts = [prompt + continuation for prompt, continuation in zip(prompts, continuations)]
-        tokenize = self.processor.tokenizer
         lengths = [
             len(whole) - len(os.path.commonprefix([beginning, whole]))
-            for beginning, whole in zip(tokenize(prompts)["input_ids"], tokenize(texts)["input_ids"])
+            for beginning, whole in zip(tokenize(self.processor, prompts), tokenize(self.processor, texts))
         ]
         pictures = [picture for question in batch for picture in open_images(question)]
-        inputs = self.processor(
-            text=texts, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device, self.model.dtype)
+        inputs = process(self.processor, texts, pictures, padding_side="left").to(self.device, self.model.dtype)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         longest = max(lengths)
         output = self.model(**inputs, position_ids=positions, logits_to_keep=longest + 1)

@@ -27,7 +27,7 @@ from shortv_llava.evaluation.sources import (
     read_tsv,
     table_questions,
 )
-from shortv_llava.prompts import SHORT_ANSWER_PROMPT
+from shortv_llava.prompts import CHAT_SYSTEM, SHORT_ANSWER_PROMPT, TUNING_SYSTEM
 
 SHORT = f"\n{SHORT_ANSWER_PROMPT}"
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -53,6 +53,7 @@ class Task(NamedTuple):
             is expected there, and returns its path. TextVQA has it for LLaVA's own scorer, which knows questions about
             one picture by the same id.
         metric_kwargs: constant arguments of the metric.
+        vicuna_system, image_aspect_ratio: as LLaVA's script for it has them.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Task(NamedTuple):
     load: Callable[[Path | None], list[Question]]
     write_upload: Callable[[list[Question], dict, Path], Path] | None
     metric_kwargs: dict
+    vicuna_system: str = TUNING_SYSTEM
+    image_aspect_ratio: str = "pad"
 
 
 def _task(
@@ -430,6 +433,6 @@ TASKS: dict[str, Task] = {
             hub=_table(_q_bench_row, "q-future/Q-Bench-HF", "dev", files="data/dev-*"),
             folder=_q_bench_folder,
             upload=("q_bench.jsonl", uploads.q_bench),
-        ),
+        )._replace(vicuna_system=CHAT_SYSTEM, image_aspect_ratio="base"),
     )
 }

@@ -19,7 +19,8 @@ from shortv_llava.calibrate.selection import lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.checkpoints.evaluate import accuracy, caption_accuracy
 from shortv_llava.checkpoints.train import Conversations
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 
 
 def layers_that_matter(model, processor, fraction: float) -> list[int]:

@@ -24,6 +24,7 @@ def bench(*arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_prefill_leaves_figures_and_plot(tmp_path):
     printed = bench("prefill", "--model", "tiny", "--batch", "1,2", "--pairs", "3", "--output", str(tmp_path))
     found = json.loads((tmp_path / "prefill.json").read_text())
@@ -42,11 +43,13 @@ def test_prefill_leaves_figures_and_plot(tmp_path):
     assert all(kind in printed for kind in kinds) and found["machine"]["device"] in printed
 
 
+@pytest.mark.slow
 def test_prefill_takes_other_layers_and_attention():
     printed = bench("prefill", "--model", "tiny", "--layers", "1", "--attention", "eager,sdpa", "--pairs", "1")
     assert printed.count("N = 1") == 2 and "tiny, eager, batch 1" in printed and "tiny, sdpa, batch 1" in printed
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fused_norms_change_nothing_else():
     printed = bench("prefill", "--model", "tiny", "--layers", "1", "--pairs", "1", "--fused-norms")

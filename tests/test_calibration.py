@@ -21,7 +21,8 @@ from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import JOURNAL, load_model, load_processor
+from shortv_llava.package import JOURNAL, load_model
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 
 QUICK = ("--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
@@ -87,6 +88,7 @@ def test_auto_takes_the_granularity_that_diverges_less_at_the_same_flops(calibra
     assert details["granularity"] == better
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     whole = tmp_path / "whole"
     assert run(whole).returncode == 0
@@ -108,6 +110,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     assert (cut / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one).returncode == 0
@@ -322,5 +325,6 @@ class TestData:
             template = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
             monkeypatch.setattr(processor, "chat_template", template)
         prompt = make_prompt(processor, "What is it?")
-        assert prompt.startswith("A chat between a curious human") and prompt.count("A chat") == 1
+        spelt = "user" if leaves_out else "human"  # as tuned; the embedded checkpoint's own
+        assert prompt.startswith(f"A chat between a curious {spelt}") and prompt.count("A chat") == 1
         assert prompt.endswith(" USER: <image>\nWhat is it? ASSISTANT:")

@@ -16,10 +16,11 @@ from PIL import Image
 
 from shortv_llava import cli
 from shortv_llava.chat import Conversation, Terminal
+from shortv_llava.chat_templates import FORMATS
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.package import load
-from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
+from shortv_llava.prompts import CHAT_SYSTEM
 
 IMAGES = CHECKPOINT.parent / "samples" / "images"
 IMAGE_TOKENS = 64
@@ -52,7 +53,7 @@ def embedded():
 @pytest.fixture
 def model_and_processor(embedded, monkeypatch):
     model, processor = embedded
-    monkeypatch.setattr(processor, "chat_template", VICUNA_CHAT_TEMPLATE)
+    monkeypatch.setattr(processor, "chat_template", FORMATS["llava_v1"])
     model.set_replaced_layers(REPLACED_LAYERS)
     return embedded
 
@@ -266,14 +267,14 @@ def test_sampling(model_and_processor):
     assert len({tuple(answers(seed)) for seed in range(5)}) > 1
 
 
-@pytest.mark.parametrize("template", [VICUNA_CHAT_TEMPLATE, LLAVA_HF_CHAT_TEMPLATE])
+@pytest.mark.parametrize("template", [FORMATS["vicuna_v1"], LLAVA_HF_CHAT_TEMPLATE])
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_system_sentence(model_and_processor, template, system):
     model, processor = model_and_processor
     processor.chat_template = template
     conversation = Conversation(model, processor, system, max_new_tokens=2)
     ask(conversation, "Hello")
-    prompt = processor.tokenizer(f"{system or VICUNA_SYSTEM} USER: Hello ASSISTANT:")["input_ids"]
+    prompt = processor.tokenizer(f"{system or CHAT_SYSTEM} USER: Hello ASSISTANT:")["input_ids"]
     assert conversation.cached[: len(prompt)] == prompt
 
 
@@ -440,12 +441,12 @@ def command(monkeypatch, *arguments) -> int:
 
 
 def test_command_fails_with_one_line(monkeypatch, capsys, tmp_path):
-    without_template = tmp_path / "model"
-    shutil.copytree(CHECKPOINT, without_template, ignore=shutil.ignore_patterns("chat_template*"))
+    without_tokenizer = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, without_tokenizer, ignore=shutil.ignore_patterns("tokenizer*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, reason in (
         ([tmp_path / "nowhere"], "no such folder"),
-        ([without_template], "no chat template"),
+        ([without_tokenizer], "has no tokenizer"),
         ([CHECKPOINT, "--image", "nowhere.png"], "nowhere.png: no such image"),
         ([CHECKPOINT, "--replaced-layers", "99"], "99 is no layer id"),
         ([CHECKPOINT, "--load-in-4bit"], "pip install bitsandbytes"),

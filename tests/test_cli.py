@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
+from shortv_llava import cli
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.package import PUBLISHED
@@ -18,6 +22,19 @@ def shortv(*arguments, **settings) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "shortv_llava.cli", *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **settings)
+
+
+def shortv_here(*arguments) -> subprocess.CompletedProcess:
+    """The command in this process, which has imported already what takes a command its first seconds."""
+    command = ["shortv", *map(str, arguments)]
+    with (
+        redirect_stdout(StringIO()) as output,
+        redirect_stderr(StringIO()) as errors,
+        patch.object(sys, "argv", command),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return subprocess.CompletedProcess(command, ended.value.code, output.getvalue(), errors.getvalue())
 
 
 def shortv_in_a_process_group(*arguments) -> subprocess.CompletedProcess:
@@ -60,6 +77,7 @@ def questions(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_launched_commands_leave_their_process_group(questions, tmp_path):
     sources = ("--questions", questions / "questions.jsonl", "--images", questions / "images")
     data = ("--data", "shapes", "--samples", 1, "--held-out", 1, "--dtype", "float32")
@@ -130,42 +148,42 @@ def test_published_layers_by_name_and_by_id(name):
 class TestBadInput:
     def test_missing_folder(self, tmp_path):
         assert_fails(
-            shortv("package", tmp_path / "none", "--layers", "1", "--output", tmp_path / "out"), "no such folder"
+            shortv_here("package", tmp_path / "none", "--layers", "1", "--output", tmp_path / "out"), "no such folder"
         )
         assert left_in(tmp_path) == []
 
     def test_hub_out_of_reach(self, tmp_path):
-        done = shortv("package", "llava-hf/llava-1.5-7b-hf", "--output", tmp_path / "out")
+        done = shortv_here("package", "llava-hf/llava-1.5-7b-hf", "--output", tmp_path / "out")
         assert_fails(done, "llava-hf/llava-1.5-7b-hf", "Hub")
         assert left_in(tmp_path) == []
 
     def test_unknown_published_model(self, tmp_path):
         assert_fails(
-            shortv("package", CHECKPOINT, "--output", tmp_path / "out"), "no layers are published", "llava-1.5-7b"
+            shortv_here("package", CHECKPOINT, "--output", tmp_path / "out"), "no layers are published", "llava-1.5-7b"
         )
 
     def test_another_model(self, tmp_path):
         (tmp_path / "bert").mkdir()
         (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-        done = shortv("package", tmp_path / "bert", "--layers", "1", "--output", tmp_path / "out")
+        done = shortv_here("package", tmp_path / "bert", "--layers", "1", "--output", tmp_path / "out")
         assert_fails(done, "no LLaVA checkpoint", "bert")
 
     @pytest.mark.parametrize("layers, word", [("12", "12"), ("1,1", "twice"), ("a,b", "a,b"), ("-1", "-1")])
     def test_layers(self, tmp_path, layers, word):
-        assert_fails(shortv("package", CHECKPOINT, f"--layers={layers}", "--output", tmp_path / "out"), word)
+        assert_fails(shortv_here("package", CHECKPOINT, f"--layers={layers}", "--output", tmp_path / "out"), word)
         assert left_in(tmp_path) == []
 
     def test_output_that_is_no_package(self, tmp_path):
         (tmp_path / "letter.txt").write_text("dear")
-        done = shortv("package", CHECKPOINT, "--layers", "1", "--output", tmp_path, "--overwrite")
+        done = shortv_here("package", CHECKPOINT, "--layers", "1", "--output", tmp_path, "--overwrite")
         assert_fails(done, "no package")
         assert left_in(tmp_path) == ["letter.txt"]
 
     def test_no_weights(self, tmp_path):
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
-        done = shortv("package", tmp_path / "base", "--layers", "1", "--output", tmp_path / "out")
-        assert_fails(done, "no weight files")
+        done = shortv_here("package", tmp_path / "base", "--layers", "1", "--output", tmp_path / "out")
+        assert_fails(done, "no weights")
         assert left_in(tmp_path) == ["base"]
 
     @pytest.mark.parametrize(
@@ -192,11 +210,11 @@ class TestBadInput:
             "--held-out",
             1,
         )
-        assert_fails(shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data), *words)
+        assert_fails(shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data), *words)
         assert left_in(tmp_path) == ["data"]
 
     def test_more_samples_than_there_are(self, tmp_path):
-        done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", "--data", "shapes", "--samples", 55)
+        done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "out", "--data", "shapes", "--samples", 55)
         assert_fails(done, "65", "60")
 
     def test_broken_image(self, tmp_path, questions):
@@ -211,14 +229,14 @@ class TestBadInput:
             "--held-out",
             1,
         )
-        done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data)
+        done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "out", *data)
         assert done.returncode == 1 and "red.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
         assert left_in(tmp_path) == ["data"]
 
     def test_usage(self, tmp_path):
-        assert shortv("calibrate", CHECKPOINT).returncode == 2
+        assert shortv_here("calibrate", CHECKPOINT).returncode == 2
         for options in (["--direction", "both"], ["--tokens", "image"], ["--samples", "0"], ["--num-layers", "many"]):
-            assert shortv("calibrate", CHECKPOINT, "--output", tmp_path / "out", *options).returncode == 2
+            assert shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "out", *options).returncode == 2
 
 
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
@@ -247,7 +265,7 @@ def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["package", "calibrate", "demo"])
 def test_help_shows_an_example(command):
-    done = shortv(command, "--help")
+    done = shortv_here(command, "--help")
     assert done.returncode == 0 and f"shortv {command}" in done.stdout
 
 

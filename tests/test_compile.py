@@ -19,6 +19,7 @@ def compiled(model):
     return torch.compile(model.forward, backend=counter), counter
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_forward_pass_breaks_where_visual_tokens_are_located():
     """LLaVA itself breaks where it counts placeholders."""
@@ -34,6 +35,7 @@ def test_the_forward_pass_breaks_where_visual_tokens_are_located():
     assert graphs[ours] <= graphs[stock] + 3  # the break lies within three nested forward functions
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_prompts_need_no_end_of_compilations():
     stock, ours = tiny.pair()

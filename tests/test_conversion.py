@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from shortv_llava.benchmarks.conversion import make_adapter
+from shortv_llava.chat_templates import FORMATS
 from shortv_llava.conversion import convert, is_original
 
 
@@ -623,21 +624,17 @@ def test_chat_templates(make, tmp_path, model_type, prompt):
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompt
 
 
-def test_a_padding_token_of_its_own_and_an_unknown_prompt_format_stay(make, tmp_path):
+def test_a_padding_token_of_its_own_stays_and_llama_3_is_told_by_its_words(make, tmp_path):
     source, _ = make()
     save_tokenizer(source, tiny.VOCABULARY)
     tokenizer = (source / "tokenizer.json").read_text().replace("<0x00>", "<|start_header_id|>")  # as Llama 3's
     (source / "tokenizer.json").write_text(tokenizer)
     config = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<0x01>"}))
-    (note,) = convert(source, tmp_path / "hf")
-    assert "chat_template.jinja" in note and not (tmp_path / "hf" / "chat_template.jinja").exists()
+    assert convert(source, tmp_path / "hf") == []
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == FORMATS["llava_llama_3"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (tokenizer.pad_token, len(tokenizer)) == ("<0x01>", tiny.VOCABULARY + 1)
-
-    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "own"}))
-    assert convert(source, tmp_path / "own") == []
-    assert (tmp_path / "own" / "chat_template.jinja").read_text() == "own"
 
 
 def test_a_tokenizer_that_cannot_be_read(make, tmp_path):

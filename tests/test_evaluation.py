@@ -21,7 +21,8 @@ from shortv_llava.evaluation.command import Data
 from shortv_llava.evaluation.command import run as evaluate_command
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 
 LAYERS = [11, 0, 10, 5, 8, 4, 1]
 QUESTIONS = (9, 1, 4, 3)  # about each picture

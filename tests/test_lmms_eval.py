@@ -14,7 +14,8 @@ from PIL import Image as Pillow
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.command import Data, run
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 
 NOT_INSTALLED = "lmms-eval is not installed; `make test-lmms-eval` makes an environment with it"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from transformers import GemmaConfig
+from transformers import Phi3Config
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 
@@ -50,6 +50,21 @@ def test_logits_equal_the_hooked_stock_model(model, layout, side, blocks):
     with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
         expected = stock(**inputs).logits
     assert_close(ours(**inputs).logits, expected, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("blocks", [FROZEN["layers"], FROZEN["mixed blocks"]], ids=str)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("backbone", tiny.OTHER_BACKBONES)
+@torch.no_grad()
+def test_other_backbones(backbone, family, blocks):
+    stock, ours = tiny.pair(family, backbone, 2, **tiny.OTHER_BACKBONES[backbone])
+    inputs = tiny.batch(stock, family, LAYOUTS["0, 1 and 2 images"])
+    tiny.freeze(ours, **blocks)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **blocks):
+        expected, tokens = stock(**inputs).logits, stock.generate(**inputs, **settings)
+    assert_close(ours(**inputs).logits, expected, inputs["attention_mask"])
+    assert torch.equal(ours.generate(**inputs, **settings), tokens)
 
 
 @pytest.mark.parametrize("blocks", FROZEN.values(), ids=FROZEN)
@@ -237,7 +252,11 @@ def test_config_is_the_truth():
 
 
 def test_unsupported_backbone_is_named():
-    text = GemmaConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=96)
+    text = Phi3Config(
+        num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=96, pad_token_id=0
+    )
     config = ShortVLlavaConfig(**tiny.config_dict() | {"text_config": text})
-    with pytest.raises(ValueError, match="'gemma' is not supported; those are: Llama, Mistral, Qwen2"):
+    with pytest.raises(
+        ValueError, match="'phi3' is not supported; those are: Gemma, Granite, Llama, Mistral, Qwen2, Qwen3"
+    ):
         ShortVLlavaForConditionalGeneration(config)

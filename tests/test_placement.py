@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_cached_module_file
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.package import load_processor
+from shortv_llava.processors import load_processor
 
 LAYERS = "model.language_model.layers"
 FROZEN = {

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import load_processor
+from shortv_llava.processors import load_processor
 
 PRECISIONS = {
     "float32": (torch.float32, None),

@@ -108,6 +108,7 @@ def answer(where, env, cwd, **settings) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_pushed_then_used_by_a_stranger(hub, folder, tmp_path):
     done = shortv(hub, tmp_path, "push", folder, REPO, "--license", "apache-2.0", "--private", "--message", "First")
     assert done.returncode == 0, done.stderr
@@ -195,6 +196,7 @@ def test_as_a_script(hub, folder, tmp_path):
 # Weights that stay on the Hub
 
 
+@pytest.mark.slow
 @copies
 def test_weights_never_come_through_this_machine(hub, tmp_path):
     bare, layers = tmp_path / "bare", ",".join(map(str, LAYERS))
@@ -455,6 +457,7 @@ def test_damaged_weights_are_found_before_upload(hub, folder, damage, word):
 def test_a_listed_shard_that_is_missing(hub, folder):
     index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
     with fails("model-00001-of-00002.safetensors is missing"):
         push(folder, REPO, license="mit")
 

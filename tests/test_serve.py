@@ -7,7 +7,8 @@ import pytest
 from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 
 from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import load_model, load_processor
+from shortv_llava.package import load_model
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import CAPTION_PROMPT
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")

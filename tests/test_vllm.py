@@ -34,7 +34,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load_model, load_processor, write_package
+from shortv_llava.package import load_model, write_package
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 from shortv_llava.serving import models, register
 from shortv_llava.serving.command import serve

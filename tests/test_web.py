@@ -15,7 +15,8 @@ from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import load_model, load_processor, write_package
+from shortv_llava.package import load_model, write_package
+from shortv_llava.processors import load_processor
 from shortv_llava.prompts import CAPTION_PROMPT
 from shortv_llava.push_to_hub import SPACE_FILES, push, push_space
 

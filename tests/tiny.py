@@ -10,6 +10,8 @@ import torch
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
+    GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -19,10 +21,14 @@ from transformers import (
     LlavaNextProcessor,
     MistralConfig,
     Qwen2Config,
+    Qwen3Config,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.granite.modeling_granite import GraniteRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from shortv_llava import (
     ShortVLlavaConfig,
@@ -30,12 +36,17 @@ from shortv_llava import (
     ShortVLlavaNextConfig,
     ShortVLlavaNextForConditionalGeneration,
 )
+from shortv_llava.chat_templates import FORMATS
 from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.prompts import VICUNA_CHAT_TEMPLATE
 
 LONG = "t" + "I" * 400 + "t" + "I" * 400 + "ttt"  # 3,205 tokens, text in one row, one row and three
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN, VOCABULARY, LAYERS = 90, 0, 2, 96, 4
 BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+OTHER_BACKBONES = {
+    "gemma": {"head_dim": 8},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 1.5},
+    "qwen3": {"head_dim": 8},
+}
 CLASSES = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration, ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
     "llava_next": (
@@ -56,17 +67,20 @@ def exact_norm(norm_class):
     def forward(self, states):
         if states.dtype != torch.float64:
             return stock(self, states)
-        return self.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        epsilon = getattr(self, "variance_epsilon", None) or self.eps
+        weight = 1 + self.weight if norm_class is GemmaRMSNorm else self.weight
+        return weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
 
     return forward
 
 
-for norm_class in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm):
+for norm_class in (GemmaRMSNorm, GraniteRMSNorm, LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
     norm_class.forward = exact_norm(norm_class)
 
 
 def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text) -> dict:
-    text_config = BACKBONES[backbone](
+    others = {"gemma": GemmaConfig, "granite": GraniteConfig, "qwen3": Qwen3Config}
+    text_config = (BACKBONES | others)[backbone](
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -227,6 +241,6 @@ def next_model():
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=VICUNA_CHAT_TEMPLATE,
+        chat_template=FORMATS["vicuna_v1"],
     )
     return model, processor

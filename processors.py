@@ -1,0 +1,275 @@
+"""The processor of a checkpoint: its files put right, loaded, and asked for a prompt with a picture.
+
+Files of real checkpoints often lack what processors need: settings that stand in config.json, a chat template that
+takes pictures. A package gets the files put right; a plain checkpoint is used as its package would be.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from shortv_llava.chat_templates import FORMATS, format_of
+from shortv_llava.errors import ShortVError
+from shortv_llava.prompts import make_prompt, process
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR_PATTERNS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "video_processor/*",
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+PROCESSOR_CLASSES = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "vipllava": "LlavaProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+    "llava_next_video": "LlavaNextVideoProcessor",
+}
+# Of these, transformers takes tokenizer.json as it stands, whatever class tokenizer_config.json names; it lists them in
+# MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. Of model types that it does not know, it would rebuild the tokenizer.
+TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "vipllava")
+PADDED_FAMILIES = ("llava", "vipllava")  # LLaVA-1.5 and its kin; later ones cut pictures into tiles
+PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
+
+
+def write_processor(
+    base: Path, target: Path, config, chat_template: str | None = None, image_aspect_ratio: str = "base"
+) -> list[str]:
+    """Write the processor files of the checkpoint `base` into `target`, put right, and try them.
+
+    Args:
+        target: a folder whose config.json is written already; may be `base`.
+        config: the checkpoint's configuration, ShortV's.
+        chat_template: a name of FORMATS or a file; by default the checkpoint's own, and where that takes no pictures
+            the one that LLaVA tunes such a language model with.
+        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them.
+
+    Returns:
+        What was put right, a line each.
+
+    Raises:
+        ShortVError: if the processor cannot be loaded, or gives no prompt with a picture.
+    """
+    if base != target:
+        for path in files_like(base, PROCESSOR_PATTERNS):
+            copy = target / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    if not (target / "tokenizer_config.json").is_file():
+        return ["has no tokenizer, so its package has none and takes only token ids"]
+    family, notes = config.model_type.removeprefix("shortv_"), []
+    _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
+    _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
+    if image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            _edit(target / name, lambda settings: _pad(settings, notes))
+    template = None if chat_template is None else _read_template(chat_template)
+    if template is not None:
+        _write_template(target, template)
+    try:
+        processor = _load(target)
+    except ImportError as error:
+        if chat_template is None:
+            return [*notes, f"its processor could not be tried here: {_first_line(error)}"]
+        raise
+    _find_image_token(processor, target, config)
+    problem = problem_of(processor)
+    if problem and template is None:
+        for name, candidate in _templates(processor, config):
+            _write_template(target, candidate)
+            processor = _load(target)
+            if problem_of(processor) is None:
+                notes.append(f"its chat template: {problem}; it gets {name}, --chat-template gives another")
+                problem = None
+                break
+    if problem:
+        raise ShortVError(f"{base}: its chat template: {problem}; give one with --chat-template, a file or {_names()}")
+    return notes
+
+
+def load_processor(folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"):
+    """The processor of a checkpoint or package folder, its files put right, see [`write_processor`].
+
+    Raises:
+        ShortVError: if there is none, or it gives no prompt with a picture.
+        ImportError: if it needs a library that is missing, as torchvision.
+    """
+    from shortv_llava.package import config_object, read_config
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ShortVError(f"{folder}: has no tokenizer; copy the processor files of the base model there")
+    config = config_object(read_config(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary)
+        shutil.copyfile(folder / "config.json", target / "config.json")
+        for note in write_processor(folder, target, config, chat_template, image_aspect_ratio):
+            logger.warning(f"{folder}: {note}")
+        return _load(target)
+
+
+def pads(processor) -> bool:
+    """Whether pictures are padded to squares before they are resized."""
+    image_processor = processor.image_processor
+    return type(image_processor).__name__.startswith("LlavaImageProcessor") and bool(image_processor.do_pad)
+
+
+def problem_of(processor) -> str | None:
+    """Why the chat template gives no proper prompt for a picture and a question; None if it does."""
+    if not processor.chat_template:
+        return "there is none"
+    try:
+        prompt = make_prompt(processor, PROBE)
+    except Exception as error:  # a template is a program
+        return f"it fails ({_first_line(error)})"
+    if (number := prompt.count(processor.image_token)) != 1:
+        return f"it gives {number} image tokens for one picture"
+    if PROBE not in prompt:
+        return "it changes the question's text"
+    tokenizer = processor.tokenizer
+    ids = process(processor, [prompt], [Image.new("RGB", (64, 48))])["input_ids"][0].tolist()
+    start = tokenizer.bos_token_id
+    if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        number, begun = ids.count(start), start in tokenizer("a")["input_ids"]
+        if number > 1 or (number == 0 and begun):
+            return f"it gives {number} beginning-of-sequence tokens"
+    return None
+
+
+def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files in `folder` that match one of the patterns."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _load(folder: Path):
+    from transformers import AutoConfig, AutoProcessor
+
+    from shortv_llava import CONFIG_CLASSES
+
+    for config_class in CONFIG_CLASSES:  # else a package's own code would be asked for
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # broken files fail in ways that differ by version
+        raise ShortVError(f"its processor cannot be loaded ({_first_line(error)})") from error
+
+
+def _edit(path: Path, change: Callable[[dict], Any]) -> None:
+    """Change the JSON object in a file; one that is empty stays unwritten."""
+    from shortv_llava.tensors import read_json, write_json
+
+    before = read_json(path) if path.is_file() else {}
+    after = json.loads(json.dumps(before))
+    change(after)
+    if after != before:
+        write_json(path, after)
+
+
+def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
+    settings.pop("auto_map", None)  # code of the base model's, which nobody asked for
+    if family in TOKENIZERS_TAKEN_AS_THEY_STAND and (folder / "tokenizer.json").is_file():
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+
+def _processor_settings(settings: dict, config, folder: Path, notes: list[str]) -> None:
+    """What LLaVA's processors need of config.json."""
+    vision = config.vision_config
+    pixtral = vision.model_type == "pixtral"
+    wanted = "PixtralProcessor" if pixtral else PROCESSOR_CLASSES[config.model_type.removeprefix("shortv_")]
+    named = settings.get("processor_class")
+    if named != wanted:
+        if named is not None:
+            notes.append(f"processor_config.json: named {named}, which is another family's; it gets {wanted}")
+        settings["processor_class"] = wanted
+    if pixtral:
+        return
+    needed = {"vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default")}
+    if wanted == "LlavaOnevisionProcessor":
+        needed["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2
+        needed["vision_aspect_ratio"] = config.vision_aspect_ratio
+    else:
+        needed["patch_size"] = vision.patch_size
+        needed["num_additional_image_tokens"] = int(vision.model_type.startswith("clip"))  # its class token
+    for key, value in needed.items():
+        if settings.get(key) is None:
+            settings[key] = value
+        elif settings[key] != value:
+            notes.append(f"processor_config.json: {key} was {settings[key]!r}, by config.json it is {value!r}")
+            settings[key] = value
+
+
+def _find_image_token(processor, folder: Path, config) -> None:
+    """See that the processor's image token is the configuration's."""
+    tokenizer, wanted = processor.tokenizer, config.image_token_id
+    if tokenizer.convert_tokens_to_ids(processor.image_token) == wanted:
+        return
+    token = tokenizer.convert_ids_to_tokens(wanted) if wanted < len(tokenizer) else None
+    if token is None:
+        raise ShortVError(f"{folder}: its tokenizer has no token {wanted}, which stands for images by config.json")
+    processor.image_token, processor.image_token_id = token, wanted
+    _edit(folder / "processor_config.json", lambda settings: settings.update(image_token=token))
+
+
+def _pad(settings: dict, notes: list[str]) -> None:
+    settings = settings.get("image_processor", settings)  # as transformers 5 writes it
+    kind = settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+    if kind.startswith("CLIP") and settings.get("do_center_crop", True):
+        settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        notes.append("pictures are padded to squares, as LLaVA-1.5's are; --image-aspect-ratio base crops them")
+
+
+def _templates(processor, config) -> list[tuple[str, str]]:
+    """Chat templates that may do in place of the checkpoint's, by name."""
+    tokenizer, found = processor.tokenizer, []
+    if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template != processor.chat_template:
+        found.append(("its tokenizer's", tokenizer.chat_template))
+    name = format_of(config.text_config.model_type, tokenizer.get_vocab())
+    return found + ([(f"LLaVA's {name}", FORMATS[name].replace("<image>", processor.image_token))] if name else [])
+
+
+def _read_template(spec: str) -> str:
+    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`."""
+    from shortv_llava.tensors import read_json
+
+    if spec in FORMATS:
+        return FORMATS[spec]
+    path = Path(spec)
+    if not path.is_file():
+        raise ShortVError(f"--chat-template {spec}: no such file, and none of {_names()}")
+    if path.suffix != ".json":
+        return path.read_text(encoding="utf-8")
+    template = read_json(path).get("chat_template")
+    if not isinstance(template, str):
+        raise ShortVError(f"{path}: has no text 'chat_template'")
+    return template
+
+
+def _write_template(folder: Path, template: str) -> None:
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _edit(folder / "tokenizer_config.json", lambda settings: settings.pop("chat_template", None))
+
+
+def _names() -> str:
+    return ", ".join(FORMATS)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
