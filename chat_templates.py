@@ -10,6 +10,7 @@ CONTENT = (
     "{%- macro content_of(content) -%}"
     "{%- if content is string -%}{{ content }}{%- else -%}"
     "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
+    "{%- for part in content if part['type'] == 'video' -%}{{ '<video>\\n' }}{%- endfor -%}"
     "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
     "{%- endif -%}"
     "{%- endmacro -%}"

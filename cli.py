@@ -15,6 +15,10 @@ VisionTower = Annotated[
     str | None,
     typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
 ]
+BaseWeights = Annotated[
+    str | None,
+    typer.Option(help="Of a LoRA adapter, folder or Hub id; what its adapter_config.json names if not given."),
+]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +62,7 @@ def package(
         str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
     ] = None,
     vision_tower: VisionTower = None,
+    base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
     image_aspect_ratio: Annotated[
         str,
@@ -67,7 +72,7 @@ def package(
 ) -> None:
     """Make a package folder from a checkpoint and layers that are known already.
 
-    A checkpoint in the original LLaVA layout is converted, one shard at a time.
+    A checkpoint in the original LLaVA layout is converted, a LoRA adapter is merged, one shard at a time.
 
     Examples:
 
@@ -76,6 +81,8 @@ def package(
         shortv package ./my-finetune --layers published:llava-1.5-7b --output my-finetune-shortv
 
         shortv package liuhaotian/llava-v1.6-vicuna-7b --output llava-next-7b-shortv
+
+        shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
     """
     from shortv_llava.package import check_output, fetch_checkpoint, parse_layers, write_package
 
@@ -89,6 +96,7 @@ def package(
         weights=not no_weights,
         base_model=base_model,
         vision_tower=vision_tower,
+        base_weights=base_weights,
         chat_template=chat_template,
         image_aspect_ratio=image_aspect_ratio,
         replaced_layers=replaced_layers,
@@ -194,6 +202,7 @@ def calibrate(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
     vision_tower: VisionTower = None,
+    base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
     image_aspect_ratio: ShownAspectRatio = "pad",
     dtype: Dtype = "auto",
@@ -237,7 +246,7 @@ def calibrate(
                 raise typer.BadParameter(f"{' or '.join(get_args(known))}, not {value!r}", param_hint=name)
     _check_aspect_ratio(image_aspect_ratio)
     check_output(output, overwrite)
-    folder = find_checkpoint(base, vision_tower)
+    folder = find_checkpoint(base, vision_tower, base_weights)
     text_config = read_config(folder).get("text_config", {})
     choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed)
     choice.check(text_config.get("num_hidden_layers", 32))  # files leave Llama's default out

@@ -1,25 +1,21 @@
 """Original LLaVA checkpoints to the Hugging Face layout: a plan over tensors, carried out one shard at a time.
 
-The original layout (liuhaotian/llava-v1.5-7b and its kin) is a language model's checkpoint with `model.mm_projector`,
-`model.image_newline` and sometimes `model.vision_tower` among its tensors; otherwise `mm_vision_tower` in config.json
-names the CLIP tower. Every name, shape and dtype is checked before the first byte is written; weights go from source
-to output unchanged, but for new rows of the embeddings and a separate tower's dtype, and no model is ever in memory.
+The original layout (liuhaotian/llava-v1.5-7b, lmms-lab/llava-onevision-qwen2-7b-ov and their kin) is a language
+model's checkpoint with `model.mm_projector`, `model.image_newline` and sometimes `model.vision_tower` among its
+tensors; otherwise `mm_vision_tower` in config.json names the CLIP or SigLIP tower. LoRA adapters, LLaVA's and
+PEFT's, are merged into their base on the way. Every name, shape and dtype is checked before the first byte is
+written; weights go from source to output unchanged, but for an adapter's updates, new rows of the embeddings and a
+separate tower's dtype.
 """
 
 import ast
-import contextlib
-import json
-import math
-import pickle
 import re
-from collections.abc import Callable, Iterator
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -28,16 +24,43 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError
+from shortv_llava.package import CARD_FILE, OTHER_PATTERNS
+from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
+from shortv_llava.tensors import (
+    DTYPES,
+    PlannedTensor,
+    check_dtypes,
+    first_line,
+    has_weights,
+    open_shard,
+    plan_tensors,
+    read_json,
+    weight_files,
+    write_json,
+    write_weights,
+)
 
 BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
+ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+TOWERS = {
+    "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
+}
+# What stands for visual input, in the order in which the llava-hf checkpoints add it.
+VISUAL_TOKENS = {"llava_next_video": ("<video>", "<image>"), "llava_onevision": ("<image>", "<video>")}
 EMBEDDINGS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 VISION_PREFIX = "vision_tower.vision_model."
 PAD_VOCABULARY_TO = 64  # as the llava-hf checkpoints
@@ -56,29 +79,13 @@ VISION_KEYS = (
 )
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file, not read yet."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-    read: Callable[[], torch.Tensor]
-
-
 class SpecialTokens(NamedTuple):
-    """The token that stands for an image, and padding, which a source without tokenizer may lack."""
+    """The tokens that stand for an image and a video, and padding, which a source without tokenizer may lack."""
 
     image: str
     image_id: int
+    video_id: int | None  # of the families that take videos
     pad_id: int | None
-
-
-class PlannedTensor(NamedTuple):
-    """Where a tensor of the output comes from."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def is_original(folder: Path) -> bool:
@@ -94,41 +101,72 @@ def is_original(folder: Path) -> bool:
     return "mm_vision_tower" in config and "vision_config" not in config  # model_type "llava" is both layouts' name
 
 
+def must_convert(folder: Path) -> bool:
+    """Whether [`convert`] must make a checkpoint of `folder`: an original one, or an adapter in either layout.
+
+    Raises:
+        ShortVError: if its config.json is no JSON object.
+    """
+    return is_adapter(folder) or is_original(folder)
+
+
 def convert(
-    source: Path, output: Path, vision_tower: Path | str | None = None, image_token_id: int | None = None
+    source: Path,
+    output: Path,
+    vision_tower: Path | str | None = None,
+    image_token_id: int | None = None,
+    base_weights: Path | str | None = None,
 ) -> list[str]:
-    """Write the original checkpoint `source` into the folder `output` in the layout of the llava-hf checkpoints.
+    """Write the checkpoint `source` into the folder `output` in the layout of the llava-hf checkpoints.
 
     Peak memory is the largest shard of the source and at most 200 MB more.
 
     Args:
-        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and perhaps a tokenizer.
+        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and perhaps a tokenizer; or a
+            LoRA adapter, LLaVA's with its config.json and `non_lora_trainables.bin` or PEFT's for either layout.
         output: a folder of the caller's own; on an error it may be left half written.
-        vision_tower: folder or Hub id of the CLIP tower; by default what config.json calls `mm_vision_tower`. Where the
-            checkpoint holds the tower's weights, only the configuration is taken from here.
+        vision_tower: folder or Hub id of the vision tower; by default what config.json calls `mm_vision_tower`. Where
+            the checkpoint holds the tower's weights, only the configuration is taken from here.
         image_token_id: a token of the vocabulary that stands for an image; then no tokens are added. By default
             `<image>` and `<pad>` are, and the embeddings grow to a multiple of 64 rows.
+        base_weights: folder or Hub id of what an adapter was trained on, a LLaVA or a plain language model; by default
+            the one its adapter_config.json names.
 
     Returns:
         What the user should know of the result, one line each; empty when the output is complete.
 
     Raises:
         ShortVError: if the source is no such checkpoint, is damaged, incomplete or holds anything but tensors, or if
-            the vision tower cannot be had.
+            the vision tower or the adapter's base cannot be had.
     """
     source, output, notes = Path(source), Path(output), []
+    adapter = source if is_adapter(source) else None
+    weights = base_folder(adapter, base_weights) if adapter else source
+    if adapter and not is_original(source):
+        if not is_original(weights):
+            return merge(adapter, weights, output)
+        source = weights
     config = read_json(source / "config.json")
-    backbone, family = backbone_of(source, config), family_of(source, config)
+    backbone = backbone_of(source, config)
     text_config = text_config_of(source, config, backbone)
+    check_presence(source, weights)
 
-    plan = plan_tensors(weight_files(source), lambda name: checkpoint_target(name, family))
+    plan = plan_tensors(weight_files(weights), checkpoint_target)
     tower_inside = any(target.startswith(VISION_PREFIX) for target in plan)
     tower = tower_folder(source, vision_tower or config["mm_vision_tower"], with_weights=not tower_inside)
     vision_config = vision_config_of(tower)
     if not tower_inside:
         plan |= plan_tensors(weight_files(tower), tower_target)
+    if vision_config["model_type"] == "siglip_vision_model":
+        drop_last_layer(plan, vision_config, tower_inside)
+    family = family_of(source, config, vision_config, notes)
+    dtype = plan[EMBEDDINGS].dtype if EMBEDDINGS in plan else None
+    if adapter:
+        plan = with_adapter(plan, adapter, lambda name: checkpoint_target(original_name(name)))
     if config.get("tie_word_embeddings") and LM_HEAD not in plan and EMBEDDINGS in plan:
         plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: transformers 4 and 5 do not agree on how LLaVA is tied
+    if family == "llava":
+        plan.pop("image_newline", None)  # LLaVA reads it for tiled images alone
     check_plan(source, plan, expected_shapes(source, text_config, vision_config, family))
     model_config = model_config_of(source, config, family, text_config, vision_config)
     vocab_size = text_config["vocab_size"]
@@ -136,160 +174,116 @@ def convert(
         raise ShortVError(f"{source}: image token {image_token_id} is not in its vocabulary, 0 to {vocab_size - 1}")
 
     output.mkdir(parents=True, exist_ok=True)
-    tokens = write_tokenizer(source, output, text_config, image_token_id, notes)
+    tokens = write_tokenizer(weights, output, text_config, family, image_token_id, notes)
     if image_token_id is None:
-        rows = max(vocab_size, tokens.image_id + 1, tokens.pad_id + 1)
+        rows = max(vocab_size, *(1 + number for number in tokens[1:] if number is not None))
         text_config["vocab_size"] = -(-rows // PAD_VOCABULARY_TO) * PAD_VOCABULARY_TO
     text_config["pad_token_id"] = model_config["pad_token_id"] = tokens.pad_id
     model_config["image_token_index"] = tokens.image_id
-    model_config["torch_dtype"] = str(DTYPES[plan[EMBEDDINGS].dtype]).removeprefix("torch.")
+    if tokens.video_id is not None:
+        model_config["video_token_index"] = tokens.video_id
+    model_config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     write_json(output / "config.json", model_config)
-    write_generation_config(source, output, model_config)
-    write_processor(tower, output, model_config, tokens.image, notes)
-    write_weights(output, plan, num_new_rows=text_config["vocab_size"] - vocab_size)
+    write_generation_config(weights, output, model_config)
+    write_processor(tower, output, model_config, config, tokens.image, notes)
+
+    new_rows, num_new_rows = {}, text_config["vocab_size"] - vocab_size
+    if num_new_rows:
+        with open_shard(plan[EMBEDDINGS].file) as stored:
+            drawn = draw_rows(stored[plan[EMBEDDINGS].name].read(), 2 * num_new_rows)
+        new_rows = {EMBEDDINGS: drawn[:num_new_rows], LM_HEAD: drawn[num_new_rows:]}
+    # LLaVA too casts a separate tower to the language model's dtype.
+    plan = {target: tensor._replace(dtype=dtype) for target, tensor in plan.items()}
+    write_weights(output, plan, new_rows, "Converting")
     return notes
 
 
-# Reading
+def merge(adapter: Path, base: Path, output: Path) -> list[str]:
+    """Write a checkpoint in the Hugging Face layout, `base`, with the PEFT adapter of a folder merged into it.
+
+    Tensors keep the base's names and dtypes; the processor is the adapter's where it has one. As for [`convert`].
+    """
+    plan = plan_tensors(weight_files(base), lambda name: name)
+    check_dtypes(plan)
+    names = {}
+    for name in plan:
+        if names.setdefault(plain_name(name), name) != name:
+            raise ShortVError(f"{base}: holds {name} and {names[plain_name(name)]}, one tensor under two names")
+    # A name that is not found is left as it is for the check.
+    merged = with_adapter(plan, adapter, lambda name: names.get(plain_name(name), name))
+    for target, tensor in merged.items():
+        if target not in plan:
+            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the base {base}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_weights(output, merged, {}, "Merging")
+    copied = [(base, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))]
+    if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        copied.append((adapter, PROCESSOR_PATTERNS))  # a whole one, as it was trained with
+    for folder, patterns in copied:
+        for path in files_like(folder, patterns):
+            copy = output / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    return []
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ShortVError(f"{path}: holds no JSON object")
-    return content
+def check_presence(source: Path, weights: Path) -> None:
+    """Refuse what lacks a language model, or is no base in LLaVA's layout, in words of its own.
 
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def weight_index(folder: Path) -> Path | None:
-    """The index of the weights that transformers loads; None where they are a single file, or none."""
-    for name in SINGLE_WEIGHT_FILES:
-        if (folder / name).is_file():
-            return None
-        if (index := folder / f"{name}.index.json").is_file():
-            return index
-    return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers loads from a checkpoint folder, each shard once."""
-    if index := weight_index(folder):
-        shards = listed_shards(index)
-        for shard in shards:
-            if not shard.is_file():
-                raise ShortVError(f"{index}: the shard {shard.name} is missing; get the file again")
-        return shards
-    for name in SINGLE_WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ShortVError(f"{folder}: no weights, neither model.safetensors nor pytorch_model.bin nor the index of either")
-
-
-def listed_shards(index: Path) -> list[Path]:
-    """The files that an index of weights names, beside it, whether they are there or not."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ShortVError(f"{index}: has no weight_map; get the file again")
-    for shard in weight_map.values():
-        # No resolving: the files of a Hub cache are links to elsewhere.
-        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
-            raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
-    return [index.with_name(shard) for shard in dict.fromkeys(weight_map.values())]
-
-
-@contextlib.contextmanager
-def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of one weight file by name; they can be read until the context ends."""
-    with open(path, "rb") as file:
-        beginning = file.read(64).lstrip().lower()
-    if beginning.startswith(b"version https://git-lfs"):
-        raise ShortVError(f"{path}: is git-lfs's pointer to a file, not the file; run `git lfs pull` in its folder")
-    if beginning.startswith((b"<!doctype", b"<html")):
-        raise ShortVError(f"{path}: is a web page, no weights; download the file again")
-    if path.suffix == ".bin":
-        yield {
-            name: StoredTensor(tuple(tensor.shape), dtype_name(tensor.dtype), lambda tensor=tensor: tensor)
-            for name, tensor in load_bin(path).items()
-        }
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            slices = {name: file.get_slice(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ShortVError(f"{path}: damaged or incomplete ({first_line(error)}); get the file again") from error
-        yield {
-            name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
-            for name, part in slices.items()
-        }
-
-
-def load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch file, mapped into memory; nothing that a pickle may carry is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ShortVError(f"{path}: refused, it holds more than tensors; nothing in it was executed") from error
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        raise ShortVError(f"{path}: damaged or no PyTorch file ({first_line(error)}); get the file again") from error
-    if not isinstance(content, dict):
-        raise ShortVError(f"{path}: refused, it holds a {type(content).__name__}, not tensors by name")
-    for name, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
-            raise ShortVError(f"{path}: refused, it holds more than tensors: {name!r} is none")
-    return content
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+    Args:
+        source: where config.json is, in the original layout.
+        weights: where the language model is; the same, or the base of an adapter.
+    """
+    if source == weights and (source / "mm_projector.bin").is_file() and not has_weights(source):
+        what = "holds a projector alone (mm_projector.bin), as LLaVA's pretraining leaves it"
+        raise ShortVError(f"{source}: {what}; the language model tuned with it is missing, give that checkpoint")
+    base_config = weights / "config.json"
+    if source != weights and base_config.is_file() and "vision_config" in read_json(base_config):
+        needed = "a plain language model or a LLaVA in its original layout"
+        raise ShortVError(f"{weights}: is in the Hugging Face layout; the adapter {source} needs {needed}")
 
 
 # The plan: which tensor of which file becomes which tensor of the output
 
 
-def plan_tensors(files: list[Path], target_of: Callable[[str], str | None]) -> dict[str, PlannedTensor]:
-    """Plan of all tensors in `files` by their names in the output; `target_of` gives None for those to leave out."""
-    plan = {}
-    for file in files:
-        with open_shard(file) as stored:
-            for name, tensor in stored.items():
-                target = target_of(name)
-                if target is None:
-                    continue
-                if target in plan:
-                    raise ShortVError(f"{file}: the tensor {name} is also in {plan[target].file}; keep the right one")
-                plan[target] = PlannedTensor(file, name, tensor.shape, tensor.dtype)
-    return plan
-
-
-def checkpoint_target(name: str, family: str) -> str | None:
+def checkpoint_target(name: str) -> str | None:
     """Name in the output of a tensor of the original checkpoint."""
-    if name.endswith((".rotary_emb.inv_freq", ".position_ids")):  # constants that old versions saved
-        return None
     if name == "model.image_newline":
-        return "image_newline" if family == "llava_next" else None  # LLaVA reads it for tiled images alone
+        return "image_newline"
     if name.startswith("model.vision_tower.vision_tower."):
         return vision_target(name.removeprefix("model.vision_tower.vision_tower."))
+    name = name.replace("model.vision_resampler.mm_projector.", "model.mm_projector.")  # of the first video models
     for number, layer in ((0, "linear_1"), (2, "linear_2")):
         if name.startswith(f"model.mm_projector.{number}."):
             return name.replace(f"model.mm_projector.{number}", f"multi_modal_projector.{layer}")
     return f"language_model.{name}"
 
 
+def original_name(name: str) -> str:
+    """Name in the original checkpoint of a tensor of an adapter, which PEFT and LLaVA wrap in prefixes."""
+    name = plain_name(name)
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
 def tower_target(name: str) -> str | None:
-    """Name in the output of a tensor of a CLIPVisionModel, or of a CLIPModel, whose text half is left out."""
-    others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    return None if name.startswith(others) or name.endswith(".position_ids") else vision_target(name)
+    """Name in the output of a tensor of a vision model, or of one with a text half, which is left out."""
+    others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+    return None if name.startswith(others) else vision_target(name)
 
 
-def vision_target(name: str) -> str:
-    return VISION_PREFIX + name.removeprefix("vision_model.")  # transformers 5 saves a tower without it
+def vision_target(name: str) -> str | None:
+    name = name.removeprefix("vision_model.")  # transformers 5 saves a tower without it
+    return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA takes SigLIP's patches, not its summary
+
+
+def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_inside: bool) -> None:
+    """Leave out SigLIP's last layer, which LLaVA cuts off; a checkpoint that holds the tower holds it cut."""
+    last = vision_config["num_hidden_layers"] - 1
+    targets = [target for target in plan if target.startswith(f"{VISION_PREFIX}encoder.layers.{last}.")]
+    if not (targets and tower_inside):
+        vision_config["num_hidden_layers"] = last
+        for target in targets:
+            del plan[target]
 
 
 def expected_shapes(source: Path, text_config: dict, vision_config: dict, family: str) -> dict[str, tuple[int, ...]]:
@@ -297,7 +291,8 @@ def expected_shapes(source: Path, text_config: dict, vision_config: dict, family
     try:
         with torch.device("meta"):
             language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_config)).state_dict()
-            vision = CLIPVisionModel(CLIPVisionConfig(**vision_config)).state_dict()
+            config_class, model_class = TOWERS[vision_config["model_type"]]
+            vision = model_class(config_class(**vision_config)).state_dict()
     except Exception as error:  # a nonsensical number fails in ways that differ by version
         reason = first_line(error)
         raise ShortVError(f"{source}: its config.json or the vision tower's fits no model ({reason})") from error
@@ -309,7 +304,7 @@ def expected_shapes(source: Path, text_config: dict, vision_config: dict, family
         "multi_modal_projector.linear_1.bias": (hidden,),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
         "multi_modal_projector.linear_2.bias": (hidden,),
-        **({"image_newline": (hidden,)} if family == "llava_next" else {}),
+        **({"image_newline": (hidden,)} if family != "llava" else {}),
     }
 
 
@@ -320,60 +315,11 @@ def check_plan(source: Path, plan: dict[str, PlannedTensor], expected: dict[str,
         if tensor.shape != expected[target]:
             shapes = f"{tensor.shape}, by the configuration it must be {expected[target]}"
             raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has the shape {shapes}")
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} is {tensor.dtype}; it must be one of {known}")
+    check_dtypes(plan)
     missing = [target for target in expected if target not in plan]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ShortVError(f"{source}: nothing in it becomes the tensor {missing[0]}{more}; get its weights again")
-
-
-# Writing weights
-
-
-def write_weights(output: Path, plan: dict[str, PlannedTensor], num_new_rows: int) -> None:
-    """Write one shard for each source file, and their index. All tensors take the embeddings' dtype."""
-    dtype = plan[EMBEDDINGS].dtype  # LLaVA too casts a separate tower to the language model's dtype
-    new_rows = {}
-    if num_new_rows:
-        with open_shard(plan[EMBEDDINGS].file) as stored:
-            drawn = draw_rows(stored[plan[EMBEDDINGS].name].read(), 2 * num_new_rows)
-        new_rows = {EMBEDDINGS: drawn[:num_new_rows], LM_HEAD: drawn[num_new_rows:]}
-
-    files = list(dict.fromkeys(tensor.file for tensor in plan.values()))
-    weight_map, total_size = {}, 0
-    for number, file in enumerate(tqdm(files, desc="Converting", unit="shard", disable=None), start=1):
-        shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        with open_shard(file) as stored:
-            tensors = {target: stored[tensor.name] for target, tensor in plan.items() if tensor.file == file}
-            total_size += write_shard(output / shard, dtype, tensors, new_rows)
-        weight_map |= dict.fromkeys(tensors, shard)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(output / "model.safetensors.index.json", index)
-
-
-def write_shard(path: Path, dtype: str, tensors: dict[str, StoredTensor], new_rows: dict[str, torch.Tensor]) -> int:
-    """Write a safetensors file, one tensor in memory at a time, and return the bytes of its tensors.
-
-    The library's own function takes tensors already cast and grown, which would be a shard's copy in memory.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        shape = [*tensor.shape]
-        if name in new_rows:
-            shape[0] += len(new_rows[name])
-        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # aligns the data
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in tensors.items():
-            for part in (tensor.read(), new_rows.get(name)):
-                if part is not None:
-                    file.write(part.detach().to(DTYPES[dtype]).flatten().view(torch.uint8).numpy())
-    return end
 
 
 def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
@@ -404,7 +350,9 @@ def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> 
     if Path(tower).is_dir():
         return Path(tower)
     if not isinstance(tower, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", tower):
-        raise ShortVError(f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP model")
+        raise ShortVError(
+            f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
+        )
     patterns = [["config.json", "preprocessor_config.json"]]
     if with_weights:  # one format, not both
         patterns += [["model*.safetensors", "model*.safetensors.index.json"], ["pytorch_model*.bin*"]]
@@ -421,31 +369,43 @@ def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> 
 
 def vision_config_of(tower: Path) -> dict:
     config = read_json(tower / "config.json")
-    if config.get("model_type") == "clip":
-        config = {"model_type": "clip_vision_model", **config.get("vision_config", {})}
-    if config.get("model_type") != "clip_vision_model":
-        raise ShortVError(f"{tower}: the vision tower must be a CLIP model, this is {config.get('model_type')!r}")
-    defaults = CLIPVisionConfig()
+    if config.get("model_type") in ("clip", "siglip"):
+        config = config.get("vision_config", {}) | {"model_type": f"{config['model_type']}_vision_model"}
+    model_type = config.get("model_type")
+    if model_type not in TOWERS:
+        raise ShortVError(f"{tower}: the vision tower must be a CLIP or SigLIP model, this is {model_type!r}")
+    defaults = TOWERS[model_type][0]()
     return {
-        "model_type": "clip_vision_model",
-        **{key: config.get(key, getattr(defaults, key)) for key in VISION_KEYS},
+        "model_type": model_type,
+        **{key: config.get(key, getattr(defaults, key)) for key in VISION_KEYS if hasattr(defaults, key)},
+        **({"vision_use_head": False} if model_type == "siglip_vision_model" else {}),
     }
 
 
 # Configurations
 
 
-def family_of(source: Path, config: dict) -> str:
-    """The model type of the output, llava or llava_next, by what LLaVA does with an image."""
+def family_of(source: Path, config: dict, vision_config: dict, notes: list[str]) -> str:
+    """The model type of the output, by what LLaVA does with an image."""
     aspect_ratio, merge_type = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type") or "flat"
     if config.get("mm_use_im_start_end"):
-        raise ShortVError(f"{source}: mm_use_im_start_end is set, as by LLaVA 1.0; only 1.5 and 1.6 are supported")
+        raise ShortVError(f"{source}: mm_use_im_start_end is set, as by LLaVA 1.0; only 1.5 and later are supported")
     if aspect_ratio in (None, "square", "pad"):
         return "llava"
-    if aspect_ratio == "anyres" and merge_type == "spatial_unpad":
-        return "llava_next"
+    tiled = re.fullmatch(r"anyres(_max_\d+)?", str(aspect_ratio))
+    if tiled and merge_type == "flat" and vision_config["model_type"] == "siglip_vision_model":
+        # Interleave: its authors evaluate it, and llava-hf converted it, without tiles.
+        notes.append(f"{source}: made for many images; each is resized as a whole and not tiled, as in its evaluation")
+        return "llava"
+    if tiled and merge_type == "spatial_unpad":
+        if tiled[1]:
+            position = config.get("mm_newline_position", "one_token")
+            if position != "one_token":
+                notes.append(f"{source}: newlines in videos (mm_newline_position {position!r}) become one at their end")
+            return "llava_onevision"
+        return "llava_next_video" if config.get("mm_resampler_type") == "spatial_pool" else "llava_next"
     setting = f"image_aspect_ratio {aspect_ratio!r} with mm_patch_merge_type {merge_type!r}"
-    raise ShortVError(f"{source}: {setting} is neither LLaVA 1.5's nor 1.6's; only those are supported")
+    raise ShortVError(f"{source}: {setting} is none of LLaVA 1.5's to OneVision's; only those are supported")
 
 
 def backbone_of(source: Path, config: dict) -> str:
@@ -473,15 +433,18 @@ def text_config_of(source: Path, config: dict, backbone: str) -> dict:
 
 def model_config_of(source: Path, config: dict, family: str, text_config: dict, vision_config: dict) -> dict:
     """The configuration of the whole model, but for its special tokens and dtype."""
-    feature = config.get("mm_vision_select_feature", "patch")
+    layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
+    if vision_config["model_type"] == "siglip_vision_model":
+        layer, feature = -1, "cls_patch"  # LLaVA cut the tower for it; all patches, for there is no class token
     if feature not in ("patch", "cls_patch"):
         raise ShortVError(f"{source}: mm_vision_select_feature is {feature!r}; only patch and cls_patch are known")
     num_patches = (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+    has_class = vision_config["model_type"] == "clip_vision_model"
     model_config = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "image_seq_length": num_patches + (feature == "cls_patch"),
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "image_seq_length": num_patches + (has_class and feature == "cls_patch"),
+        "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default" if feature == "patch" else "full",
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -489,23 +452,37 @@ def model_config_of(source: Path, config: dict, family: str, text_config: dict, 
         "text_config": text_config,
         "vision_config": vision_config,
     }
-    if family == "llava_next":
-        model_config["image_grid_pinpoints"] = grid_pinpoints(source, config)
+    if family != "llava":
+        model_config["image_grid_pinpoints"] = grid_pinpoints(source, config, vision_config["image_size"])
+    if family == "llava_onevision":
+        model_config["vision_aspect_ratio"] = config["image_aspect_ratio"]
+    if family == "llava_next_video":
+        mode, stride = config.get("mm_spatial_pool_mode", "average"), config.get("mm_spatial_pool_stride", 2)
+        if mode not in ("average", "max") or not isinstance(stride, int) or stride < 1:
+            raise ShortVError(f"{source}: mm_spatial_pool_mode {mode!r} with stride {stride!r} is not supported")
+        model_config |= {"spatial_pool_mode": mode, "spatial_pool_stride": stride}
+        side = vision_config["image_size"] // vision_config["patch_size"] // stride
+        model_config["video_seq_length"] = side**2
     return model_config
 
 
-def grid_pinpoints(source: Path, config: dict) -> list[list[int]]:
-    """(height, width) of every tiling; LLaVA gives (width, height), sometimes as the text of a Python list."""
+def grid_pinpoints(source: Path, config: dict, image_size: int) -> list[list[int]]:
+    """(height, width) of every tiling.
+
+    LLaVA gives (width, height), sometimes as the text of a Python list; or all from the first to the last in tiles of
+    `image_size`, such as `(1x1),...,(6x6)`.
+    """
     pinpoints = config.get("image_grid_pinpoints")
     try:
+        tiles = re.findall(r"\((\d+)x(\d+)\)", pinpoints) if isinstance(pinpoints, str) else []
+        if tiles:
+            (first_width, first_height), (last_width, last_height) = [map(int, tiles[i]) for i in (0, -1)]
+            widths, heights = range(first_width, last_width + 1), range(first_height, last_height + 1)
+            return [[height * image_size, width * image_size] for width in widths for height in heights]
         pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return [[int(height), int(width)] for width, height in pinpoints]
     except (ValueError, TypeError, SyntaxError) as error:
         raise ShortVError(f"{source}: image_grid_pinpoints {pinpoints!r} is no list of pairs") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_generation_config(source: Path, output: Path, model_config: dict) -> None:
@@ -520,14 +497,20 @@ def write_generation_config(source: Path, output: Path, model_config: dict) -> N
 
 
 def write_tokenizer(
-    source: Path, output: Path, text_config: dict, image_token_id: int | None, notes: list[str]
+    source: Path, output: Path, text_config: dict, family: str, image_token_id: int | None, notes: list[str]
 ) -> SpecialTokens:
     """Write the tokenizer with its chat template, unless the source has none."""
+    visual = VISUAL_TOKENS.get(family, ("<image>",))
+    if image_token_id is not None and "<video>" in visual:
+        raise ShortVError(
+            f"{source}: takes videos, too; the vocabulary's token {image_token_id} stands for images alone"
+        )
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         notes.append(f"{source}: has no tokenizer, so the output has none and takes only token ids")
         if image_token_id is not None:
-            return SpecialTokens("<image>", image_token_id, text_config.get("pad_token_id"))
-        return SpecialTokens("<image>", text_config["vocab_size"], text_config["vocab_size"] + 1)
+            return SpecialTokens("<image>", image_token_id, None, text_config.get("pad_token_id"))
+        ids = {token: number for number, token in enumerate((*visual, "<pad>"), start=text_config["vocab_size"])}
+        return SpecialTokens("<image>", ids["<image>"], ids.get("<video>"), ids["<pad>"])
 
     # AutoTokenizer would rebuild a tokenizer.json by its class, each version of transformers in its own way.
     ready = (source / "tokenizer.json").is_file()
@@ -544,7 +527,8 @@ def write_tokenizer(
         raise ShortVError(f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}") from error
     if image_token_id is None:
         image_token = "<image>"
-        tokenizer.add_tokens(AddedToken(image_token, special=True, normalized=False), special_tokens=True)
+        added = [AddedToken(token, special=True, normalized=False) for token in visual]
+        tokenizer.add_tokens(added, special_tokens=True)
         if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
             tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
     else:
@@ -563,43 +547,79 @@ def write_tokenizer(
             **{name: token for name, token in special.items() if token is not None},
             "model_max_length": tokenizer.model_max_length,
             "padding_side": "left",  # as generation in batches needs it
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types otherwise
             "clean_up_tokenization_spaces": False,
         },
     )
-    return SpecialTokens(image_token, tokenizer.convert_tokens_to_ids(image_token), tokenizer.pad_token_id)
+    image_id, video_id = (tokenizer.convert_tokens_to_ids(token) for token in (image_token, "<video>"))
+    return SpecialTokens(image_token, image_id, video_id if "<video>" in visual else None, tokenizer.pad_token_id)
 
 
-def write_processor(tower: Path, output: Path, model_config: dict, image_token: str, notes: list[str]) -> None:
-    """Write the image processor, by the tower's own settings, and what LLaVA's processor adds."""
-    size = model_config["vision_config"]["image_size"]
+def write_processor(
+    tower: Path, output: Path, model_config: dict, config: dict, image_token: str, notes: list[str]
+) -> None:
+    """Write the image processor, and where there is one the video processor, and what LLaVA's processor adds."""
+    family, vision_config = model_config["model_type"], model_config["vision_config"]
+    siglip = vision_config["model_type"] == "siglip_vision_model"
+    padded = family == "llava" and config.get("image_aspect_ratio") == "pad"
+    images = image_settings(tower, vision_config, crop=not siglip or padded, notes=notes)
+    videos = None
+    if padded:
+        # Pads to a square in the mean colour; with `crop_size` in the settings nothing is cropped then.
+        images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    elif family == "llava":
+        images["image_processor_type"] = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
+    elif family == "llava_onevision":
+        videos = images | {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+        images |= {"image_processor_type": "LlavaOnevisionImageProcessor", "do_pad": True}
+    else:
+        if family == "llava_next_video":
+            videos = images | {"video_processor_type": "LlavaNextVideoVideoProcessor"}
+        images |= {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+    if family != "llava":
+        images["image_grid_pinpoints"] = model_config["image_grid_pinpoints"]
+    processor = {
+        "processor_class": ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor"),
+        "image_token": image_token,
+        "vision_feature_select_strategy": model_config["vision_feature_select_strategy"],
+    }
+    if family == "llava_onevision":
+        num_patches = (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+        processor["num_image_tokens"] = num_patches + (not siglip)
+        processor["vision_aspect_ratio"] = model_config["vision_aspect_ratio"]
+    else:
+        processor["patch_size"] = vision_config["patch_size"]
+        processor["num_additional_image_tokens"] = int(not siglip)  # CLIP's class token
+    if videos is not None:
+        processor["video_token"] = "<video>"
+        write_json(output / "video_preprocessor_config.json", videos)
+    write_json(output / "preprocessor_config.json", images)
+    write_json(output / "processor_config.json", processor)
+
+
+def image_settings(tower: Path, vision_config: dict, crop: bool, notes: list[str]) -> dict:
+    """How LLaVA makes pixels of an image: for CLIP by the tower's own settings, for SigLIP by its own.
+
+    `crop`: resize the shorter side and cut out the centre; else resize both sides.
+    """
+    side = vision_config["image_size"]
+    square = {"height": side, "width": side}
     settings = {
-        **{"do_resize": True, "size": {"shortest_edge": size}, "resample": 3},
-        **{"do_center_crop": True, "crop_size": {"height": size, "width": size}},
+        **{"do_resize": True, "size": {"shortest_edge": side} if crop else square, "resample": 3},
+        **({"do_center_crop": True, "crop_size": square} if crop else {}),
         **{"do_rescale": True, "rescale_factor": 1 / 255},
         **{"do_normalize": True, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD},
         "do_convert_rgb": True,
     }
     path = tower / "preprocessor_config.json"
-    if path.is_file():
+    if vision_config["model_type"] == "siglip_vision_model":
+        settings["image_mean"] = settings["image_std"] = [0.5, 0.5, 0.5]
+    elif path.is_file():
         settings |= {key: value for key, value in read_json(path).items() if key in settings}
     else:
         notes.append(f"{tower}: has no preprocessor_config.json; the image processor got CLIP's usual settings")
     if isinstance(settings["size"], int):  # as CLIP's first configurations
         settings["size"] = {"shortest_edge": settings["size"]}
-    if isinstance(settings["crop_size"], int):
+    if isinstance(settings.get("crop_size"), int):
         settings["crop_size"] = dict.fromkeys(("height", "width"), settings["crop_size"])
-    processor, image_processor = "LlavaProcessor", "CLIPImageProcessor"
-    if model_config["model_type"] == "llava_next":
-        processor, image_processor = "LlavaNextProcessor", "LlavaNextImageProcessor"
-        settings |= {"do_pad": True, "image_grid_pinpoints": model_config["image_grid_pinpoints"]}
-    write_json(output / "preprocessor_config.json", {"image_processor_type": image_processor, **settings})
-    write_json(
-        output / "processor_config.json",
-        {
-            "processor_class": processor,
-            "image_token": image_token,
-            "patch_size": model_config["vision_config"]["patch_size"],
-            "vision_feature_select_strategy": model_config["vision_feature_select_strategy"],
-            "num_additional_image_tokens": 1,  # CLIP's class token
-        },
-    )
+    return settings

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# What an adapter consists of, and LLaVA's projector alone, which is told apart.
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
 INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
 TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
 OTHER_PATTERNS = ("generation_config.json", *TERMS_PATTERNS)  # beside configuration, weights and processor
@@ -94,24 +96,26 @@ def parse_layers(spec: str, base: str) -> list[int]:
         raise ShortVError(f"layers must be published, none or ids separated by commas, got {spec!r}") from None
 
 
-def find_checkpoint(base: str, vision_tower: str | None = None) -> Path:
+def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: str | None = None) -> Path:
     """The local folder of a checkpoint in the Hugging Face layout: `base` itself, or the download of a Hub id.
 
-    A checkpoint in the original LLaVA layout is converted into a folder that goes when the process ends.
+    A checkpoint in the original LLaVA layout is converted, an adapter merged, into a folder that goes when the process
+    ends.
 
     Args:
         base: a folder, or a Hub id with or without `@revision`.
         vision_tower: of an original checkpoint, folder or Hub id; by default the one its config.json names.
+        base_weights: of an adapter, folder or Hub id; by default the one its adapter_config.json names.
 
     Raises:
         ShortVError: if there is no such folder, the Hub does not give it, or it cannot be converted.
     """
     from huggingface_hub import cached_assets_path
 
-    from shortv_llava.conversion import is_original
+    from shortv_llava.conversion import must_convert
 
     folder = fetch_checkpoint(base)
-    if not is_original(folder):
+    if not must_convert(folder):
         return folder
     # Beside the Hub's cache, where there is room for models; /tmp is often in memory.
     temporary = tempfile.TemporaryDirectory(dir=cached_assets_path("shortv_llava"))
@@ -119,7 +123,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None) -> Path:
     # The end of the path is kept: in the Hub's cache it names the repository, see `hub_id`.
     converted = Path(temporary.name, *folder.absolute().parts[-3:])
     converted.mkdir(parents=True)
-    convert_original(folder, converted, vision_tower)
+    convert_checkpoint(folder, converted, vision_tower, base_weights)
     for path in files_like(folder, (CARD_FILE, *TERMS_PATTERNS)):
         shutil.copyfile(path, converted / path.name)
     return converted
@@ -139,12 +143,13 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    from shortv_llava.conversion import SINGLE_WEIGHT_FILES, listed_shards
+    from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards
 
     def download(revision: str | None, names: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
 
     others = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *PROCESSOR_PATTERNS]
+    others += ADAPTER_PATTERNS if weights else ()
     try:
         folder = download(revision, others)
         for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
@@ -344,6 +349,7 @@ def write_package(
     weights: bool = True,
     base_model: str | None = None,
     vision_tower: str | None = None,
+    base_weights: str | None = None,
     chat_template: str | None = None,
     image_aspect_ratio: str = "base",
     **settings,
@@ -353,10 +359,10 @@ def write_package(
     Model and processor are tried before any weights are copied. What was put right is told as warnings.
 
     Args:
-        base: a checkpoint in the Hugging Face layout, or in the original LLaVA layout, which is converted.
+        base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
-        vision_tower: of an original checkpoint, as for [`find_checkpoint`].
+        vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
 
     Raises:
@@ -365,35 +371,37 @@ def write_package(
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
-    from shortv_llava.conversion import is_original, read_json, weight_files, weight_index, write_json
+    from shortv_llava.conversion import is_original, must_convert
     from shortv_llava.model_card import base_metadata, write_card
+    from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
 
-    original = is_original(base)
-    if original and not weights:
-        raise ShortVError(f"{base}: its layout is LLaVA's own, whose weights are converted; leave out --no-weights")
+    original, converted = is_original(base), must_convert(base)
+    if converted and not weights:
+        kind = "its layout is LLaVA's own" if original else "is an adapter"
+        raise ShortVError(f"{base}: {kind}, whose weights are converted; leave out --no-weights")
     if original:  # the layers are checked before the long work
         known = read_json(base / "config.json")
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
-    else:
+    elif not converted:
         entries = package_config(read_config(base), **settings)
     check_output(output, overwrite, base)
-    if not original:
+    if not converted:
         check_model(base, entries, weights)
     with replacing(output) as staging:
-        if original:
-            convert_original(base, staging, vision_tower)
+        if converted:
+            convert_checkpoint(base, staging, vision_tower, base_weights)
             entries = package_config(read_config(staging), **settings)
         write_json(staging / "config.json", entries)
         for note in write_processor(
-            staging if original else base, staging, config_object(entries), chat_template, image_aspect_ratio
+            staging if converted else base, staging, config_object(entries), chat_template, image_aspect_ratio
         ):
             logger.warning(f"{base}: {note}")
-        copied = files_like(base, TERMS_PATTERNS if original else OTHER_PATTERNS)
-        if weights and not original:
+        copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
+        if weights and not converted:
             for path in weight_files(base):
                 link_or_copy(path, staging / path.name)
-        if not original and (index := weight_index(base)):
+        if not converted and (index := weight_index(base)):
             copied.append(index)
         for path in copied:
             shutil.copyfile(path, staging / path.name)
@@ -416,7 +424,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.conversion import first_line, open_shard, weight_files
+    from shortv_llava.tensors import first_line, open_shard, weight_files
 
     config = config_object(entries)
     with quiet():
@@ -455,11 +463,11 @@ def quiet() -> Iterator[None]:
             reports.enable_progress_bar()
 
 
-def convert_original(source: Path, output: Path, vision_tower: str | None) -> None:
-    """Convert an original LLaVA checkpoint into a folder of the caller's own."""
+def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, base_weights: str | None) -> None:
+    """Convert an original LLaVA checkpoint or merge an adapter into a folder of the caller's own."""
     from shortv_llava.conversion import convert
 
-    for note in convert(source, output, vision_tower):
+    for note in convert(source, output, vision_tower, base_weights=base_weights):
         logger.warning(note)
 
 

@@ -195,7 +195,7 @@ def _load(folder: Path):
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
     """Change the JSON object in a file; one that is empty stays unwritten."""
-    from shortv_llava.conversion import read_json, write_json
+    from shortv_llava.tensors import read_json, write_json
 
     before = read_json(path) if path.is_file() else {}
     after = json.loads(json.dumps(before))
@@ -268,7 +268,7 @@ def _templates(processor, config) -> list[tuple[str, str]]:
 
 def _read_template(spec: str) -> str:
     """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`."""
-    from shortv_llava.conversion import read_json
+    from shortv_llava.tensors import read_json
 
     if spec in FORMATS:
         return FORMATS[spec]

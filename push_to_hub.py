@@ -33,7 +33,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from shortv_llava.conversion import SINGLE_WEIGHT_FILES, first_line, is_original, listed_shards, weight_index
+from shortv_llava.conversion import is_original
 from shortv_llava.errors import ShortVError
 from shortv_llava.model_card import is_edited, make_card, read_card
 from shortv_llava.package import (
@@ -51,6 +51,7 @@ from shortv_llava.package import (
     split_revision,
 )
 from shortv_llava.processors import files_like, outdated_files
+from shortv_llava.tensors import SINGLE_WEIGHT_FILES, first_line, listed_shards, weight_index
 
 logger = logging.getLogger(__name__)
 

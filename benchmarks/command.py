@@ -2,10 +2,19 @@
 
 import typer
 
-from shortv_llava.benchmarks import calibration, decoding, prefill, shared_prefix, turns, vllm_load, vllm_prefill
+from shortv_llava.benchmarks import (
+    calibration,
+    conversion,
+    decoding,
+    prefill,
+    shared_prefix,
+    turns,
+    vllm_load,
+    vllm_prefill,
+)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for module in (prefill, decoding, calibration, shared_prefix, turns, vllm_prefill, vllm_load):
+for module in (prefill, decoding, calibration, shared_prefix, turns, conversion, vllm_prefill, vllm_load):
     app.command(module.__name__.split(".")[-1].replace("_", "-"))(module.main)

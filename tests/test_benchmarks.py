@@ -100,3 +100,10 @@ def test_shapes_are_the_published_models(model, number, parameters, ratio):
 def test_bad_input(arguments, words):
     with pytest.raises(ShortVError, match=words):
         bench(*arguments)
+
+
+def test_conversion_measures_both_ways(tmp_path):
+    sizes = ["--hidden", "128", "--intermediate", "64", "--layers", "2", "--vocabulary", "320", "--rank", "2"]
+    converted, merged = bench("conversion", *sizes, "--folder", str(tmp_path)).splitlines()
+    assert converted.startswith("converted 0.") and merged.startswith("merged 0.") and "largest shard" in merged
+    assert not list(tmp_path.iterdir())

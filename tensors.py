@@ -1,0 +1,258 @@
+"""Tensors in weight files: read without executing anything, planned by name, and written one shard at a time.
+
+A plan says for every tensor of an output where it comes from; it is checked as a whole before the first byte is
+written, and no model is ever in memory.
+"""
+
+import contextlib
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from shortv_llava.errors import ShortVError
+
+SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
+CONSTANTS = (".rotary_emb.inv_freq", ".position_ids")  # saved by old versions, worked out by later ones
+MERGED_ROWS = 512  # of a weight at a time; its float32 copy is as large as a vocabulary otherwise
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+    read: Callable[[], torch.Tensor]
+
+
+class LowRankUpdate(NamedTuple):
+    """What LoRA adds to a weight (out, in): scaling * up (out, r) @ down (r, in); its transpose if `transposed`."""
+
+    file: Path
+    down: str
+    up: str
+    scaling: float
+    transposed: bool
+
+
+class PlannedTensor(NamedTuple):
+    """Where a tensor of the output comes from, and the dtype it is written in."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: LowRankUpdate | None = None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ShortVError(f"{path}: cannot be read ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ShortVError(f"{path}: holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Reading
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint's weights, by the names of its files."""
+    return any((folder / f"{name}{suffix}").is_file() for name in SINGLE_WEIGHT_FILES for suffix in ("", ".index.json"))
+
+
+def weight_index(folder: Path) -> Path | None:
+    """The index of the weights that transformers loads; None where they are a single file, or none."""
+    for name in SINGLE_WEIGHT_FILES:
+        if (folder / name).is_file():
+            return None
+        if (index := folder / f"{name}.index.json").is_file():
+            return index
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers loads from a checkpoint folder, each shard once."""
+    if index := weight_index(folder):
+        shards = listed_shards(index)
+        for shard in shards:
+            if not shard.is_file():
+                raise ShortVError(f"{index}: the shard {shard.name} is missing; get the file again")
+        return shards
+    for name in SINGLE_WEIGHT_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ShortVError(f"{folder}: no weights, neither model.safetensors nor pytorch_model.bin nor the index of either")
+
+
+def listed_shards(index: Path) -> list[Path]:
+    """The files that an index of weights names, beside it, whether they are there or not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ShortVError(f"{index}: has no weight_map; get the file again")
+    for shard in weight_map.values():
+        # No resolving: the files of a Hub cache are links to elsewhere.
+        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
+            raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
+    return [index.with_name(shard) for shard in dict.fromkeys(weight_map.values())]
+
+
+@contextlib.contextmanager
+def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The tensors of one weight file by name; they can be read until the context ends."""
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ShortVError(f"{path}: is git-lfs's pointer to a file, not the file; run `git lfs pull` in its folder")
+    if beginning.startswith((b"<!doctype", b"<html")):
+        raise ShortVError(f"{path}: is a web page, no weights; download the file again")
+    if path.suffix == ".bin":
+        yield {
+            name: StoredTensor(tuple(tensor.shape), dtype_name(tensor.dtype), lambda tensor=tensor: tensor)
+            for name, tensor in load_bin(path).items()
+        }
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            slices = {name: file.get_slice(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ShortVError(f"{path}: damaged or incomplete ({first_line(error)}); get the file again") from error
+        yield {
+            name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
+            for name, part in slices.items()
+        }
+
+
+def load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a PyTorch file, mapped into memory; nothing that a pickle may carry is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ShortVError(f"{path}: refused, it holds more than tensors; nothing in it was executed") from error
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        raise ShortVError(f"{path}: damaged or no PyTorch file ({first_line(error)}); get the file again") from error
+    if not isinstance(content, dict):
+        raise ShortVError(f"{path}: refused, it holds a {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
+            raise ShortVError(f"{path}: refused, it holds more than tensors: {name!r} is none")
+    return content
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
+# Planning
+
+
+def plan_tensors(files: list[Path], target_of: Callable[[str], str | None] = str) -> dict[str, PlannedTensor]:
+    """Plan of all tensors in `files` by their names in the output.
+
+    Args:
+        target_of: gives a tensor's name in the output, None for one to leave out; by default it keeps its name.
+
+    Raises:
+        ShortVError: if a file is damaged, holds more than tensors, or two tensors get one name.
+    """
+    plan = {}
+    for file in files:
+        with open_shard(file) as stored:
+            for name, tensor in stored.items():
+                target = None if name.endswith(CONSTANTS) else target_of(name)
+                if target is None:
+                    continue
+                if target in plan:
+                    raise ShortVError(f"{file}: the tensor {name} is also in {plan[target].file}; keep the right one")
+                plan[target] = PlannedTensor(file, name, tensor.shape, tensor.dtype)
+    return plan
+
+
+def check_dtypes(plan: dict[str, PlannedTensor]) -> None:
+    for tensor in plan.values():
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ShortVError(f"{tensor.file}: the tensor {tensor.name} is {tensor.dtype}; it must be one of {known}")
+
+
+# Writing
+
+
+def write_weights(
+    output: Path, plan: dict[str, PlannedTensor], new_rows: dict[str, torch.Tensor], description: str
+) -> None:
+    """Write one shard for each source file, and their index.
+
+    Args:
+        plan: of tensors whose names, shapes and dtypes are checked.
+        new_rows: what to put at the end of tensors, by their names in the plan.
+        description: of the progress bar.
+    """
+    files = list(dict.fromkeys(tensor.file for tensor in plan.values()))
+    weight_map, total_size = {}, 0
+    for number, file in enumerate(tqdm(files, desc=description, unit="shard", disable=None), start=1):
+        shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        planned = {target: tensor for target, tensor in plan.items() if tensor.file == file}
+        with open_shard(file) as stored:
+            total_size += write_shard(output / shard, planned, stored, new_rows)
+        weight_map |= dict.fromkeys(planned, shard)
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(output / "model.safetensors.index.json", index)
+
+
+def write_shard(
+    path: Path,
+    planned: dict[str, PlannedTensor],
+    stored: dict[str, StoredTensor],
+    new_rows: dict[str, torch.Tensor],
+) -> int:
+    """Write a safetensors file, one tensor in memory at a time, and return the bytes of its tensors.
+
+    The library's own function takes tensors already cast and grown, which would be a shard's copy in memory.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in planned.items():
+        shape = [*tensor.shape]
+        if name in new_rows:
+            shape[0] += len(new_rows[name])
+        begin, end = end, end + math.prod(shape) * DTYPES[tensor.dtype].itemsize
+        header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in planned.items():
+            weight = stored[tensor.name].read().detach()
+            parts = [weight] if tensor.update is None else merged(weight, tensor.update)
+            for part in (*parts, *([new_rows[name]] if name in new_rows else [])):
+                file.write(part.to(DTYPES[tensor.dtype]).flatten().view(torch.uint8).numpy())
+    return end
+
+
+def merged(weight: torch.Tensor, update: LowRankUpdate) -> Iterator[torch.Tensor]:
+    """The rows of a weight (out, in) with its update, in float32, some at a time."""
+    # Opened anew for each weight, so that what was read of the file before takes no memory.
+    with open_shard(update.file) as stored:
+        down, up = (stored[name].read().detach().float() for name in (update.down, update.up))
+    if update.transposed:
+        down, up = up.T, down.T
+    for rows, factors in zip(weight.split(MERGED_ROWS), up.split(MERGED_ROWS)):
+        yield rows.float() + (factors @ down) * update.scaling
