@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import torch
 from transformers import (
     AddedToken,
@@ -32,7 +31,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import CARD_FILE, OTHER_PATTERNS
+from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
 from shortv_llava.tensors import (
     DTYPES,
@@ -347,24 +346,12 @@ def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> 
     """The tower's folder, from the Hub if it is no local one; without weights unless they are wanted."""
     if not tower or not isinstance(tower, (str, Path)):
         raise ShortVError(f"{source}: its config.json names no vision tower; pass --vision-tower DIR")
-    if Path(tower).is_dir():
-        return Path(tower)
-    if not isinstance(tower, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", tower):
+    try:
+        return fetch_checkpoint(str(tower), with_weights)
+    except ShortVError as error:
         raise ShortVError(
-            f"{tower}: no such vision tower; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
-        )
-    patterns = [["config.json", "preprocessor_config.json"]]
-    if with_weights:  # one format, not both
-        patterns += [["model*.safetensors", "model*.safetensors.index.json"], ["pytorch_model*.bin*"]]
-    for allowed in patterns:
-        try:
-            folder = Path(huggingface_hub.snapshot_download(tower, allow_patterns=allowed))
-        except Exception as error:  # the client's errors have no common class across its versions
-            reason = first_line(error)
-            raise ShortVError(f"{tower}: not to be had from the Hub ({reason}); pass --vision-tower DIR") from error
-        if any(folder.glob("model*.safetensors")):
-            break
-    return folder
+            f"the vision tower {error}; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
+        ) from error
 
 
 def vision_config_of(tower: Path) -> dict:

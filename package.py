@@ -149,7 +149,6 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
 
     others = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *PROCESSOR_PATTERNS]
-    others += ADAPTER_PATTERNS if weights else ()
     try:
         folder = download(revision, others)
         for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
@@ -159,6 +158,9 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
             if (folder / f"{name}.index.json").is_file():
                 download(folder.name, [path.name for path in listed_shards(folder / f"{name}.index.json")])
                 break
+        else:
+            if weights:
+                download(folder.name, [*ADAPTER_PATTERNS])
         return folder
     except ShortVError:
         raise

@@ -443,22 +443,15 @@ def test_a_tower_that_cannot_be_had(make, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_a_tower_from_the_hub(make, tmp_path, monkeypatch, family):
-    """Only the configuration is fetched where the checkpoint holds the weights, else one format of them."""
+def test_a_tower_from_the_hub(make, tmp_path, hub, family):
+    """Only the configuration is fetched where the checkpoint holds the weights, else the file that would be loaded."""
     source, _ = make(family, mm_vision_tower="some/tower")
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        assert name == "some/tower"
-        asked.extend(allow_patterns)
-        return str(source / "tower")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    files = {path.name: path.read_bytes() for path in (source / "tower").iterdir()}
+    others = {"pytorch_model.bin": b"none", "model.fp16.safetensors": b"none"}
+    hub.add_repo("some/tower", {"model.safetensors": b"none"} | others | files)
     convert(source, tmp_path / "hf")
-    assert {"config.json", "preprocessor_config.json"} <= set(asked)
-    assert not any(pattern.startswith("pytorch_model") for pattern in asked)
-    if family == "llava_next":
-        assert len(asked) == 2
+    found = {path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".bin", ".safetensors")}
+    assert found == (set() if family == "llava_next" else {"model.safetensors"})
 
 
 def test_the_tower_inside_wins(make, tmp_path):
