@@ -1,8 +1,8 @@
 """LLaVA with ShortV: in the layers that the configuration lists, visual tokens are frozen.
 
 A frozen visual token keeps its hidden state, or adds a cheap linear correction to it. Text still attends to it, by a
-key and a value made from that state, but it has no query and skips the FFN. Text is computed in every layer as in stock,
-and so is everything in a forward pass without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv
+key and a value made from that state, but it has no query and skips the FFN. Text is computed in every layer as in LLaVA
+is, and so is everything in a pass without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv
 2504.00502.
 [`ShortVDecoderLayer`] and [`ShortVAttention`] are the method, the rest finds the visual tokens of a forward pass and
 puts these two into stock LLaVA. All that is private to transformers here is `config._attn_implementation`.

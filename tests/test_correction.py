@@ -41,6 +41,7 @@ from test_training import (  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.calibrate.correction import fit_corrections, set_corrections
 from shortv_llava.errors import ShortVError
 from shortv_llava.package import load_model
 
@@ -212,3 +213,49 @@ def test_a_correction_starts_at_most_five_operations(blocks):
             model(**inputs)
         numbers.append(len(counted.names))
     assert 0 < numbers[1] - numbers[0] <= 5
+
+
+class LinearBlock(torch.nn.Module):
+    """In place of an FFN: linear, and nearly of low rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.down, self.up = torch.nn.Linear(32, rank), torch.nn.Linear(rank, 32)
+
+    def forward(self, states):
+        return self.up(self.down(states))
+
+
+def linear_model(rank: int):
+    """A model whose layers' updates are linear functions of the normed states of their input."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(PLAIN_PAIR()[1])
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp = LinearBlock(rank).double()
+    return model
+
+
+def many(model):
+    layouts = [["ttIttt", "IttIt"], ["tIttt"], ["IItt", "tIt"]]
+    return [tiny.batch(model, "llava", layout, seed=seed) for seed, layout in enumerate(layouts * 2)]
+
+
+class TestFit:
+    @pytest.mark.parametrize("blocks", [{"layers": (3, 1, 0, 2)}, {"layers": (2,), "ffn": (0, 1), "attention": (3,)}])
+    @pytest.mark.parametrize("rank, alone", [(32, False), (5, False), (5, True)])
+    @torch.no_grad()
+    def test_linear_layers_are_reproduced_exactly(self, rank, alone, blocks):
+        model = linear_model(rank)
+        inputs = many(model)
+        assert sum(int((each["input_ids"] == tiny.IMAGE_TOKEN).sum()) for each in inputs) > 33  # unknowns of an output
+        tiny.freeze(model, **blocks)
+        corrections = fit_corrections(model, inputs, rank, alone, ridge=0)
+        assert sorted(corrections) == [0, 1, 2]  # nobody reads what leaves the last layer
+        set_corrections(model, corrections)
+        assert (model.config.correction_rank, model.config.corrected_layers) == (rank, [0, 1, 2])
+        unseen = tiny.batch(model, "llava", LAYOUTS["0, 1 and 2 images"], "right", seed=9)
+        text = (unseen["attention_mask"] == 1) & (unseen["input_ids"] != tiny.IMAGE_TOKEN)
+        actual = model(**unseen).logits[text]
+        model.set_replaced_layers()
+        torch.testing.assert_close(actual, model(**unseen).logits[text], atol=1e-7, rtol=0)

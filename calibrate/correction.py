@@ -1,0 +1,186 @@
+"""Corrections of frozen visual tokens, in closed form: no gradient, each layer's weights used once.
+
+A frozen token's update is nearly a linear function of its normed state. So ridge regression on the states of some
+pictures gives a map that stands in for it, cut to a rank at which it costs next to nothing beside keys and values.
+
+Two sweeps run through the layers side by side: the dense model's, and that of the model with its layers replaced and
+those before already corrected. In a replaced layer, X are the visual states that leave it uncorrected, A their normed
+ones, T the dense model's: T - X is regressed on A. So every layer also repairs what the ones before have left.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
+
+from shortv_llava.calibrate.contribution import (
+    RowBudget,
+    layer_calls,
+    run_layer,
+    token_set,
+    weights_in_place,
+    without_corrections,
+)
+from shortv_llava.configuration_shortv_llava import CORRECTION
+from shortv_llava.modeling_shortv_llava import Correction
+
+RIDGE = 0.01  # of the mean diagonal of A'A
+
+
+class Factors(NamedTuple):
+    """Weights of a [`Correction`], float32 or float64, on the CPU: (r, h), (h, r) and (h,)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+
+
+class Regression:
+    """Ridge regression with intercept of D on A from rows that come in parts; the sums are float64.
+
+    Args:
+        size: h, of the rows of both.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        # A has a column of ones at its end.
+        self.inner = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)  # A'A
+        self.cross = torch.zeros(size + 1, size, dtype=torch.float64, device=device)  # A'D
+
+    def add(self, a: torch.Tensor, d: torch.Tensor) -> None:
+        """Rows (n, h). A part's products are taken in float32 at least: few GPUs have float64 to speak of."""
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        a = torch.cat([a.to(dtype), a.new_ones(len(a), 1, dtype=dtype)], dim=1)
+        self.inner += a.T @ a
+        self.cross += a.T @ d.to(dtype)
+
+    def share(self) -> None:
+        """Add up the sums of all processes."""
+        self.inner, self.cross = reduce([self.inner, self.cross], reduction="sum")
+
+    def solve(self, rank: int, ridge: float = RIDGE) -> Factors:
+        """Reduced-rank regression: the fitted values' best approximation of that rank, as maps down and up."""
+        count = self.inner[-1, -1]
+        mean_a, mean_d = self.inner[-1, :-1] / count, self.cross[-1] / count
+        inner = self.inner[:-1, :-1] - count * torch.outer(mean_a, mean_a)
+        cross = self.cross[:-1] - count * torch.outer(mean_a, mean_d)
+        damping = (ridge * inner.diagonal().mean()).clamp(min=torch.finfo(inner.dtype).tiny)
+        root = torch.linalg.cholesky(inner + damping * torch.eye(len(inner), device=inner.device))
+        whole = torch.cholesky_solve(cross, root)  # (h, h), from A to D
+        # Right singular vectors of the fitted values A W are eigenvectors of W'A'AW.
+        up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
+        down = (whole @ up).T
+        return Factors(*(part.cpu().contiguous() for part in (down, up, mean_d - up @ (down @ mean_a))))
+
+
+class _Sample:
+    """States (B, S, h) of one sample before the layer that is next, on the CPU, and how layers are called with them."""
+
+    def __init__(self, model, inputs):
+        states, self.calls = layer_calls(model, inputs)
+        self.device, self.visual = states.device, token_set(model, inputs, "visual").cpu()
+        self.dense = self.replaced = states.cpu()
+
+    def run(self, layer, states: torch.Tensor, call: dict, budget: RowBudget, blocks: tuple[str, ...] = ()):
+        frozen = self.visual if blocks else None
+        return run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks).cpu()
+
+
+@torch.no_grad()
+def fit_corrections(
+    model,
+    inputs: Iterable,
+    rank: int,
+    alone: bool = False,
+    ridge: float = RIDGE,
+    budget: RowBudget | None = None,
+    once: Callable[[int, Callable[[], Factors]], Factors] = lambda layer, fit: fit(),
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[int, Factors]:
+    """Corrections of all layers whose FFN is frozen in a ShortV model, with or without their attention.
+
+    The last layer gets none, for nobody reads what leaves it for visual tokens. Corrections that the model has already
+    are left out of account and in place. In several processes, each gives samples of its own, and all get the same.
+
+    Args:
+        inputs: of each sample, a processor's output with images.
+        rank: of the maps, up to the hidden size h.
+        alone: fit every layer on the dense model's states, as if no other were replaced.
+        ridge: what is added to the diagonal of A'A, as a share of its mean.
+        once: `once(layer, fit)` gives a layer's result, from a journal if it is there, else by `fit()`.
+        progress: wraps the iteration over the layers.
+
+    Raises:
+        ValueError: if there is no sample, or no visual token in any.
+    """
+    state, budget = PartialState(), budget or RowBudget()
+    layers = model.model.language_model.layers
+    attention_layers, ffn_layers = model.config.frozen_layers()
+    found = {}
+    with without_corrections(model):
+        samples = [_Sample(model, each) for each in inputs]
+        for index, layer in progress(list(enumerate(layers))):
+            blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
+            blocks = tuple(name for name, frozen in blocks.items() if frozen)
+            fits = "ffn" in blocks and index < len(layers) - 1
+            norm = layer.input_layernorm if "attention" in blocks else layer.post_attention_layernorm
+            with weights_in_place(layer):
+                regression = Regression(model.config.text_config.hidden_size, norm.weight.device) if fits else None
+                for sample in samples:
+                    call, before = sample.calls[index], sample.dense
+                    sample.dense = sample.run(layer, before, call, budget)
+                    if alone and not fits:
+                        continue
+                    if sample.replaced is before and not blocks:
+                        sample.replaced = sample.dense
+                    else:
+                        sample.replaced = sample.run(layer, before if alone else sample.replaced, call, budget, blocks)
+                    if fits:
+                        x, t = (
+                            states[sample.visual].to(norm.weight.device) for states in (sample.replaced, sample.dense)
+                        )
+                        regression.add(norm(x), t.to(torch.promote_types(t.dtype, torch.float32)) - x)
+                if not fits:
+                    continue
+
+                def fit(regression=regression):
+                    regression.share()
+                    if regression.inner[-1, -1] == 0:
+                        raise ValueError("corrections need samples with visual tokens")
+                    return Factors(*broadcast([part.to(state.device) for part in regression.solve(rank, ridge)]))
+
+                found[index] = Factors(*(part.cpu() for part in once(index, fit)))
+                if not alone:
+                    correction = make_correction(found[index], norm.weight)
+                    for sample in samples:
+                        x = sample.replaced[sample.visual].to(norm.weight.device)
+                        sample.replaced[sample.visual] = (x + correction(norm(x))).to(sample.replaced)
+    return found
+
+
+def make_correction(factors: Factors, like: torch.Tensor) -> Correction:
+    """The module with these weights, on the device and in the dtype of a tensor."""
+    rank, size = factors.down.shape
+    correction = Correction(size, rank).to(like)
+    with torch.no_grad():
+        for weight, value in zip((correction.down.weight, correction.up.weight, correction.up.bias), factors):
+            weight.copy_(value)
+    return correction.eval()
+
+
+def set_corrections(model, corrections: dict[int, Factors]) -> None:
+    """Give a ShortV model these corrections in place of those that it has."""
+    layers, config = model.model.language_model.layers, model.config
+    for layer in layers:
+        layer._modules.pop("correction", None)
+    for name in CORRECTION:
+        vars(config).pop(name, None)
+    for index, factors in corrections.items():
+        norm = layers[index].input_layernorm
+        device = norm._hf_hook.execution_device if norm.weight.is_meta else norm.weight.device  # of offloaded layers
+        layers[index].correction = make_correction(factors, torch.empty(0, dtype=norm.weight.dtype, device=device))
+        config.correction_rank = len(factors.down)
+    if corrections:
+        config.corrected_layers = list(corrections)
