@@ -8,7 +8,7 @@ those before already corrected. In a replaced layer, X are the visual states tha
 ones, T the dense model's: T - X is regressed on A. So every layer also repairs what the ones before have left.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,23 +75,31 @@ class Regression:
         return Factors(*(part.cpu().contiguous() for part in (down, up, mean_d - up @ (down @ mean_a))))
 
 
-class _Sample:
-    """States (B, S, h) of one sample before the layer that is next, on the CPU, and how layers are called with them."""
+class FitSample:
+    """What a fit needs of a sample or batch: states before the first layer, on the CPU, and how layers are called.
 
-    def __init__(self, model, inputs):
+    Args:
+        model: a ShortV model.
+        inputs: a processor's output with images.
+        keep: keep the dense model's visual states of all layers, (V, h) each, so that further fits save their sweep.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, inputs, keep: bool = False):
         states, self.calls = layer_calls(model, inputs)
         self.device, self.visual = states.device, token_set(model, inputs, "visual").cpu()
-        self.dense = self.replaced = states.cpu()
+        self.first, self.targets, self.keep = states.cpu(), [], keep
 
-    def run(self, layer, states: torch.Tensor, call: dict, budget: RowBudget, blocks: tuple[str, ...] = ()):
-        frozen = self.visual if blocks else None
+    def run(self, layer, states: torch.Tensor, budget: RowBudget, blocks: tuple[str, ...] = ()) -> torch.Tensor:
+        """States (B, S, h) through a layer, with visual tokens skipping the `blocks` named."""
+        frozen, call = self.visual if blocks else None, self.calls[layer.self_attn.layer_idx]
         return run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks).cpu()
 
 
 @torch.no_grad()
 def fit_corrections(
     model,
-    inputs: Iterable,
+    samples: Sequence[FitSample],
     rank: int,
     alone: bool = False,
     ridge: float = RIDGE,
@@ -105,7 +113,7 @@ def fit_corrections(
     are left out of account and in place. In several processes, each gives samples of its own, and all get the same.
 
     Args:
-        inputs: of each sample, a processor's output with images.
+        samples: to fit on.
         rank: of the maps, up to the hidden size h.
         alone: fit every layer on the dense model's states, as if no other were replaced.
         ridge: what is added to the diagonal of A'A, as a share of its mean.
@@ -120,7 +128,7 @@ def fit_corrections(
     attention_layers, ffn_layers = model.config.frozen_layers()
     found = {}
     with without_corrections(model):
-        samples = [_Sample(model, each) for each in inputs]
+        streams = [_Stream(sample, alone) for sample in samples]
         for index, layer in progress(list(enumerate(layers))):
             blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
             blocks = tuple(name for name, frozen in blocks.items() if frozen)
@@ -128,19 +136,10 @@ def fit_corrections(
             norm = layer.input_layernorm if "attention" in blocks else layer.post_attention_layernorm
             with weights_in_place(layer):
                 regression = Regression(model.config.text_config.hidden_size, norm.weight.device) if fits else None
-                for sample in samples:
-                    call, before = sample.calls[index], sample.dense
-                    sample.dense = sample.run(layer, before, call, budget)
-                    if alone and not fits:
-                        continue
-                    if sample.replaced is before and not blocks:
-                        sample.replaced = sample.dense
-                    else:
-                        sample.replaced = sample.run(layer, before if alone else sample.replaced, call, budget, blocks)
+                for stream in streams:
+                    stream.advance(layer, budget, blocks)
                     if fits:
-                        x, t = (
-                            states[sample.visual].to(norm.weight.device) for states in (sample.replaced, sample.dense)
-                        )
+                        x, t = (rows.to(norm.weight.device) for rows in (stream.rows, stream.target))
                         regression.add(norm(x), t.to(torch.promote_types(t.dtype, torch.float32)) - x)
                 if not fits:
                     continue
@@ -154,10 +153,43 @@ def fit_corrections(
                 found[index] = Factors(*(part.cpu() for part in once(index, fit)))
                 if not alone:
                     correction = make_correction(found[index], norm.weight)
-                    for sample in samples:
-                        x = sample.replaced[sample.visual].to(norm.weight.device)
-                        sample.replaced[sample.visual] = (x + correction(norm(x))).to(sample.replaced)
+                    for stream in streams:
+                        x = stream.rows.to(norm.weight.device)
+                        stream.rows = x + correction(norm(x))
     return found
+
+
+class _Stream:
+    """One sample on its way through the layers, in the dense model and in the one with layers replaced."""
+
+    def __init__(self, sample: FitSample, alone: bool):
+        self.sample, self.alone = sample, alone
+        self.dense = self.states = sample.first  # (B, S, h), the same tensor as long as nothing is replaced
+        self.target = None  # (V, h), the dense model's states behind the layer
+
+    def advance(self, layer, budget: RowBudget, blocks: tuple[str, ...]) -> None:
+        sample, index, before = self.sample, layer.self_attn.layer_idx, self.dense
+        if index < len(sample.targets) and not self.alone:
+            self.target = sample.targets[index]
+            self.states = sample.run(layer, self.states, budget, blocks)
+            return
+        self.dense = sample.run(layer, before, budget)
+        self.target = self.dense[sample.visual]
+        if sample.keep and index == len(sample.targets):
+            sample.targets.append(self.target)
+        if self.alone:
+            self.states = before
+        same = self.states is before and not blocks
+        self.states = self.dense if same else sample.run(layer, self.states, budget, blocks)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(V, h), the visual states."""
+        return self.states[self.sample.visual]
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor) -> None:
+        self.states[self.sample.visual] = rows.to(self.states)
 
 
 def make_correction(factors: Factors, like: torch.Tensor) -> Correction:

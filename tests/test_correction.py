@@ -41,7 +41,7 @@ from test_training import (  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
-from shortv_llava.calibrate.correction import fit_corrections, set_corrections
+from shortv_llava.calibrate.correction import FitSample, fit_corrections, set_corrections
 from shortv_llava.errors import ShortVError
 from shortv_llava.package import load_model
 
@@ -250,8 +250,12 @@ class TestFit:
         inputs = many(model)
         assert sum(int((each["input_ids"] == tiny.IMAGE_TOKEN).sum()) for each in inputs) > 33  # unknowns of an output
         tiny.freeze(model, **blocks)
-        corrections = fit_corrections(model, inputs, rank, alone, ridge=0)
+        samples = [FitSample(model, each, keep=True) for each in inputs]
+        corrections = fit_corrections(model, samples, rank, alone, ridge=0)
         assert sorted(corrections) == [0, 1, 2]  # nobody reads what leaves the last layer
+        again = fit_corrections(model, samples, rank, alone, ridge=0)  # on the states that were kept
+        for layer, factors in corrections.items():
+            torch.testing.assert_close(again[layer].up @ again[layer].down, factors.up @ factors.down)
         set_corrections(model, corrections)
         assert (model.config.correction_rank, model.config.corrected_layers) == (rank, [0, 1, 2])
         unseen = tiny.batch(model, "llava", LAYOUTS["0, 1 and 2 images"], "right", seed=9)
