@@ -8,7 +8,9 @@ those before already corrected. In a replaced layer, X are the visual states tha
 ones, T the dense model's: T - X is regressed on A. So every layer also repairs what the ones before have left.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import base64
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -202,6 +204,15 @@ def make_correction(factors: Factors, like: torch.Tensor) -> Correction:
     return correction.eval()
 
 
+def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors by the names that files of LLaVA on the Hub have."""
+    return {
+        f"language_model.model.layers.{layer}.correction.{name}": part.to(dtype)
+        for layer, factors in corrections.items()
+        for name, part in zip(("down.weight", "up.weight", "up.bias"), factors)
+    }
+
+
 def set_corrections(model, corrections: dict[int, Factors]) -> None:
     """Give a ShortV model these corrections in place of those that it has."""
     layers, config = model.model.language_model.layers, model.config
@@ -216,3 +227,30 @@ def set_corrections(model, corrections: dict[int, Factors]) -> None:
         config.correction_rank = len(factors.down)
     if corrections:
         config.corrected_layers = list(corrections)
+
+
+@contextmanager
+def corrected(model, corrections: dict[int, Factors]) -> Iterator[None]:
+    """Give a ShortV model these corrections for a while; its own rest."""
+    config = vars(model.config)
+    own = {name: config[name] for name in CORRECTION if name in config}
+    with without_corrections(model):
+        set_corrections(model, corrections)
+        try:
+            yield
+        finally:
+            set_corrections(model, {})
+            config.update(own)
+
+
+def packed(factors: Factors) -> list:
+    """For a journal: the float32 numbers of each part, and its shape."""
+    parts = [part.float().contiguous() for part in factors]
+    return [[base64.b64encode(part.numpy().tobytes()).decode(), list(part.shape)] for part in parts]
+
+
+def unpacked(parts: list) -> Factors:
+    """What [`packed`] made."""
+    return Factors(
+        *(torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32).view(shape) for data, shape in parts)
+    )
