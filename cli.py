@@ -190,7 +190,29 @@ def calibrate(
     direction: Annotated[
         str, typer.Option(help="`release`: KL(variant || model), as published layers were found; `paper`: the reverse.")
     ] = "release",
-    strategy: Annotated[str, typer.Option(help="`lc`, `greedy`, `cosine` or `random`.")] = "lc",
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="`lc`, `corrected-lc` (LC with a correction of the layer), `greedy`, `cosine` or `random`; by default "
+            "`corrected-lc`, or `lc` without correction."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Replace and correct given layers, without scoring: `published`, `published:NAME` or ids."),
+    ] = None,
+    correction_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of the linear maps that stand in for frozen updates; 64, or an eighth of the hidden size if "
+            "that is less. 0 for none, as in the paper.",
+        ),
+    ] = None,
+    correction_samples: Annotated[
+        int,
+        typer.Option(min=1, help="Samples to fit them on, from each source, about other pictures than held-out ones."),
+    ] = 200,
     granularity: Annotated[
         str, typer.Option(help="`layer`, `block` (attention and FFN apart), or `auto`: the better of both.")
     ] = "layer",
@@ -220,6 +242,8 @@ def calibrate(
         shortv calibrate llava-hf/llava-1.5-7b-hf --output llava-1.5-7b-shortv
 
         shortv calibrate ./my-finetune --data questions.jsonl --images images --granularity auto --output my-shortv
+
+        shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
     """
     from typing import get_args
 
@@ -228,13 +252,16 @@ def calibrate(
     from shortv_llava.calibrate.contribution import Direction, Tokens
     from shortv_llava.calibrate.run import Choice
     from shortv_llava.calibrate.run import calibrate as run
-    from shortv_llava.calibrate.samples import load_samples
+    from shortv_llava.calibrate.samples import fit_samples, load_samples
     from shortv_llava.package import (
         check_output,
+        config_object,
         find_checkpoint,
         leave_processes,
         load_model,
         own_device,
+        package_config,
+        parse_layers,
         read_config,
     )
     from shortv_llava.processors import load_processor, pads
@@ -247,11 +274,17 @@ def calibrate(
     _check_aspect_ratio(image_aspect_ratio)
     check_output(output, overwrite)
     folder = find_checkpoint(base, vision_tower, base_weights)
-    text_config = read_config(folder).get("text_config", {})
-    choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed)
-    choice.check(text_config.get("num_hidden_layers", 32))  # files leave Llama's default out
+    entries = read_config(folder)
+    text_config = config_object(entries).text_config
+    rank = min(64, text_config.hidden_size // 8) if correction_rank is None else correction_rank
+    given = None if layers is None else tuple(parse_layers(layers, base))
+    package_config(entries, replaced_layers=list(given or ()))  # checks them before the long work
+    choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed, rank or None, given)
+    choice.check(text_config.num_hidden_layers)
     drawn = load_samples(data, images, samples + held_out, seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
+    held_out_samples = [sample for group in groups for sample in group[samples:]]
+    fit_on = fit_samples(data, images, correction_samples, seed, held_out_samples) if rank else []
     processor = load_processor(folder, chat_template, image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     settings = {
@@ -266,7 +299,7 @@ def calibrate(
         model,
         processor,
         [sample for group in groups for sample in group[:samples]],
-        [sample for group in groups for sample in group[samples:]],
+        held_out_samples,
         output,
         choice,
         settings,
@@ -275,9 +308,11 @@ def calibrate(
         max_rows,
         overwrite,
         chat_template,
+        fit_on,
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
-    PartialState().print(f"wrote {output}: {frozen}")
+    corrected = f"; {len(result.corrections)} corrected" if result.corrections else ""
+    PartialState().print(f"wrote {output}: {frozen}{corrected}")
     leave_processes()
 
 

@@ -1,4 +1,4 @@
-"""Configurations of ShortV LLaVA models: LLaVA's own, and the layers in which visual tokens are frozen."""
+"""Configurations of ShortV LLaVA models: LLaVA's own, the layers in which visual tokens are frozen, corrections."""
 
 import math
 from typing import Any
@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, Lla
 from transformers.models.auto import modeling_auto
 
 LAYER_LISTS = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
+CORRECTION = ("correction_rank", "corrected_layers")  # in this order, for the second is checked against the first
 LayerIds = list[int] | tuple[int, ...]
 AUTO_CLASSES = ("", "ForImageTextToText", "ForMultimodalLM", "ForVision2Seq", "ForPreTraining", "ForCausalLM")
 
@@ -22,15 +23,22 @@ class ShortVConfigMixin:
         replaced_layers (`list[int]`): layers in which visual tokens skip attention and FFN (ShortV, section 3.2), ids
             from 0, in order of replacement.
         replaced_attention_layers, replaced_ffn_layers (`list[int]`): layers in which they skip one of the two.
+        correction_rank (`int`): of the linear maps that stand in for frozen updates; 0 if there are none.
+        corrected_layers (`list[int]`): layers whose map is among the weights. It acts while visual tokens skip the
+            layer's FFN, and rests otherwise; what it was fitted to stand in for, layer or FFN, the weights do not tell.
         lc_scores (`list[float]`, *optional*): Layer Contribution score of every layer, in nats.
         calibration (`dict`, *optional*): the settings the scores were computed with.
 
     Raises:
         ValueError: for a layer id that is no integer in range or stands in the lists twice, for `lc_scores` that are
-            not one finite number a layer, for a `calibration` that is no dict.
+            not one finite number a layer, for a `calibration` that is no dict, for a rank beyond the hidden size, for
+            corrected layers of rank 0.
     """
 
+    correction_rank, corrected_layers = 0, ()  # and not in the config.json of a model without
+
     def __init__(self, **kwargs: Any):
+        correction = {name: kwargs.pop(name) for name in CORRECTION if name in kwargs}
         lists = [kwargs.pop(name, ()) for name in LAYER_LISTS]
         scores, calibration = kwargs.pop("lc_scores", None), kwargs.pop("calibration", None)
         kwargs.pop("model_type", None)  # a plain LLaVA's would hide ours
@@ -39,13 +47,16 @@ class ShortVConfigMixin:
         kwargs["auto_map"]["AutoConfig"] = f"configuration_shortv_llava.{type(self).__name__}"
         super().__init__(**kwargs)
         self.set_replaced_layers(*lists)
+        for name, value in correction.items():
+            setattr(self, name, value)
         self.lc_scores, self.calibration = scores, calibration
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
         # Lets `from_pretrained` extend a plain LLaVA's configuration, with our entries given as keyword arguments.
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        own = {name: kwargs.pop(name) for name in (*LAYER_LISTS, "lc_scores", "calibration") if name in kwargs}
+        names = *LAYER_LISTS, *CORRECTION, "lc_scores", "calibration"
+        own = {name: kwargs.pop(name) for name in names if name in kwargs}
         plain = config_dict.get("model_type") == super(cls, cls).model_type
         return config_dict | own | ({"model_type": cls.model_type} if plain else {}), kwargs
 
@@ -64,6 +75,15 @@ class ShortVConfigMixin:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in LAYER_LISTS:
             self._check_layers({other: getattr(self, other, ()) for other in LAYER_LISTS} | {name: value})
+        elif name == "corrected_layers":
+            self._check_layers({name: value})
+            if value and not self.correction_rank:
+                raise ValueError(f"corrected_layers: {value!r} have no correction while correction_rank is 0")
+        elif name == "correction_rank":
+            size = self.text_config.hidden_size
+            if type(value) is not int or not 0 <= value <= size or (self.corrected_layers and not value):
+                least = 1 if self.corrected_layers else 0
+                raise ValueError(f"correction_rank must be an integer from {least} to {size}, got {value!r}")
         elif name == "lc_scores" and value is not None:
             number = self.text_config.num_hidden_layers
             if not isinstance(value, (list, tuple)) or len(value) != number:

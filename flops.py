@@ -1,7 +1,7 @@
 """What a prefill costs with frozen visual tokens: the cost model of ShortV, section 3.3.
 
 A multiply-add counts as two operations. The paper's formulas are for multi-head attention; here keys and values may be
-narrower (grouped-query attention), and either block of a layer may be frozen alone.
+narrower (grouped-query attention), either block of a layer may be frozen alone, and frozen tokens may be corrected.
 """
 
 from collections.abc import Collection
@@ -45,8 +45,13 @@ def prefill_flops(
     visual_tokens: int,
     attention_layers: Collection[int] = (),
     ffn_layers: Collection[int] = (),
+    corrected_layers: Collection[int] = (),
+    correction_rank: int = 0,
 ) -> int:
-    """Operations of all decoder layers for a prompt, with the visual tokens frozen in the blocks given."""
+    """Operations of all decoder layers for a prompt, with the visual tokens frozen in the blocks given.
+
+    A correction of rank r adds 4 v h r where the FFN is frozen, and nothing elsewhere.
+    """
     blocks = block_flops(text_config, text_tokens, visual_tokens)
     num_layers = text_config.num_hidden_layers
     frozen_attention, frozen_ffn = len(attention_layers), len(ffn_layers)
@@ -55,6 +60,7 @@ def prefill_flops(
         + frozen_attention * blocks.frozen_attention
         + (num_layers - frozen_ffn) * blocks.ffn
         + frozen_ffn * blocks.frozen_ffn
+        + 4 * visual_tokens * text_config.hidden_size * correction_rank * len({*corrected_layers} & {*ffn_layers})
     )
 
 
@@ -67,10 +73,9 @@ def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Non
     """
     if visual_tokens is None:
         visual_tokens = image_tokens(config)
-    text_config = config.text_config
-    return prefill_flops(text_config, text_tokens, visual_tokens, *config.frozen_layers()) / prefill_flops(
-        text_config, text_tokens, visual_tokens
-    )
+    counts = config.text_config, text_tokens, visual_tokens
+    correction = config.corrected_layers, config.correction_rank
+    return prefill_flops(*counts, *config.frozen_layers(), *correction) / prefill_flops(*counts)
 
 
 def image_tokens(config) -> int:

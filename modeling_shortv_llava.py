@@ -1,8 +1,9 @@
 """LLaVA with ShortV: in the layers that the configuration lists, visual tokens are frozen.
 
-A frozen visual token keeps its hidden state. Text still attends to it, by a key and a value made from that state, but
-it has no query and skips the FFN. Text is computed in every layer as in LLaVA, and so is everything in a forward pass
-without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv 2504.00502.
+A frozen visual token keeps its hidden state, or adds a cheap linear correction to it. Text still attends to it, by a
+key and a value made from that state, but it has no query and skips the FFN. Text is computed in every layer as in LLaVA
+is, and so is everything in a pass without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv
+2504.00502.
 [`ShortVDecoderLayer`] and [`ShortVAttention`] are the method, the rest finds the visual tokens of a forward pass and
 puts these two into stock LLaVA. All that is private to transformers here is `config._attn_implementation`.
 Shapes: B rows of S tokens, of which T are computed; h hidden size, d head size, K keys.
@@ -176,8 +177,23 @@ class ShortVAttention:
         return query, key
 
 
+class Correction(nn.Module):
+    """Linear map of low rank from the normed state of a token to what its frozen update would nearly have been."""
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(hidden_size, rank, bias=False), nn.Linear(rank, hidden_size)
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """(..., h) to (..., h)."""
+        return self.up(self.down(normed))
+
+
 class ShortVDecoderLayer:
-    """Mixin for a decoder layer: frozen tokens skip its attention, its FFN or both. Without any it is stock's."""
+    """Mixin for a decoder layer: frozen tokens skip its attention, its FFN or both. Without any it is stock's.
+
+    A child `correction`, if there is one, stands in for the FFN's update or for that of both blocks.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, frozen_tokens: FrozenTokens | None = None, **kwargs: Any
@@ -197,11 +213,18 @@ class ShortVDecoderLayer:
             update, _ = self.self_attn(hidden_states=normed, **kwargs)
             hidden_states = self.add(hidden_states, update)
             computed = tokens.gather(hidden_states)
-        if ffn_frozen:
-            computed = self.add(computed, self.mlp(self.post_attention_layernorm(computed)))
-            return tokens.scatter(hidden_states, computed)
-        hidden_states = tokens.scatter(hidden_states, computed)
-        return self.add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
+        if not ffn_frozen:
+            hidden_states = tokens.scatter(hidden_states, computed)
+            return self.add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
+        correction = getattr(self, "correction", None)
+        if correction is None or attention_frozen:
+            computed_normed = self.post_attention_layernorm(computed)
+        else:
+            normed = self.post_attention_layernorm(hidden_states)
+            computed_normed = tokens.gather(normed)
+        if correction is not None:  # of all tokens; those that are computed are put over it
+            hidden_states = hidden_states + correction(normed)
+        return tokens.scatter(hidden_states, self.add(computed, self.mlp(computed_normed)))
 
     def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """A block's update (B, N, h) added to the residual stream."""
@@ -281,12 +304,17 @@ class ShortVMixin:
             if type(layer) not in SHORTV_LAYERS:
                 ours = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
                 raise ValueError(f"text backbone {config.text_config.model_type!r} is not supported; those are: {ours}")
-            # Classes add behaviour, no state: checkpoints load as they are.
+            # Classes add behaviour, no state: checkpoints load as they are. What has state is a module of its own.
             layer.__class__, layer.self_attn.__class__ = SHORTV_LAYERS[type(layer)]
+            if layer.self_attn.layer_idx in config.corrected_layers:
+                layer.correction = Correction(config.text_config.hidden_size, config.correction_rank)
         self.model.register_forward_pre_hook(hand_on_frozen_tokens, with_kwargs=True)
 
     def set_replaced_layers(self, *args: Any, **kwargs: Any) -> None:
-        """Freeze visual tokens in other layers from now on, see [`ShortVConfigMixin.set_replaced_layers`]."""
+        """Freeze visual tokens in other layers from now on, see [`ShortVConfigMixin.set_replaced_layers`].
+
+        Corrections stay where they are: that of a layer no longer replaced rests, a layer without is the paper's.
+        """
         self.config.set_replaced_layers(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:

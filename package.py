@@ -34,6 +34,8 @@ ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainabl
 INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
 TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
 OTHER_PATTERNS = ("generation_config.json", *TERMS_PATTERNS)  # beside configuration, weights and processor
+CORRECTION_FILE = "correction.safetensors"  # what is fitted, beside the base's files
+SHARD = "model-00001-of-00001.safetensors"  # the base's single file's name beside an index, which it would hide
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
@@ -41,6 +43,7 @@ MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
 # The configuration's lists, and what each freezes of a layer.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
+CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
 
 
 class PublishedModel(NamedTuple):
@@ -275,10 +278,11 @@ def package_config(base_config: dict, **settings) -> dict:
     """
     entries = base_config | settings
     config = config_object(entries)
+    own = OWN_KEYS + CORRECTION if config.correction_rank else OWN_KEYS
     return (
         entries
         | {"model_type": config.model_type}
-        | {key: getattr(config, key) for key in OWN_KEYS}
+        | {key: getattr(config, key) for key in own}
         | {"architectures": [config.auto_map["AutoModel"].split(".")[-1]]}
     )
 
@@ -354,6 +358,7 @@ def write_package(
     base_weights: str | None = None,
     chat_template: str | None = None,
     image_aspect_ratio: str = "base",
+    corrections: dict[str, Any] | None = None,
     **settings,
 ) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
@@ -366,10 +371,11 @@ def write_package(
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
         vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
+        corrections: tensors of fitted corrections, by name, in place of those that the base may have.
 
     Raises:
-        ShortVError: if the base is no LLaVA checkpoint with weights, could not answer, or the output must not be
-            written.
+        ShortVError: if the base is no LLaVA checkpoint with weights, of safetensors for corrections, could not answer,
+            or the output must not be written.
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
@@ -386,7 +392,10 @@ def write_package(
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
     elif not converted:
-        entries = package_config(read_config(base), **settings)
+        known = read_config(base)
+        if corrections is not None:
+            known = {key: value for key, value in known.items() if key not in CORRECTION}
+        entries = package_config(known, **settings)
     check_output(output, overwrite, base)
     if not converted:
         check_model(base, entries, weights)
@@ -407,10 +416,41 @@ def write_package(
             copied.append(index)
         for path in copied:
             shutil.copyfile(path, staging / path.name)
+        if corrections or (corrections is not None and (staging / CORRECTION_FILE).exists()):
+            put_corrections(staging, corrections)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent / name, staging / name)
         metadata = base_metadata(base, base_model)
         write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+
+
+def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
+    """Put tensors beside the weights of a folder, in a file of their own and in the index.
+
+    Raises:
+        ShortVError: if the weights are no safetensors.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        found = json.loads(index.read_text(encoding="utf-8"))
+    elif single.is_file():
+        single.rename(folder / SHARD)
+        with safe_open(folder / SHARD, framework="pt") as file:
+            found = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), SHARD)}
+    else:
+        raise ShortVError(
+            "corrections go beside safetensors, and the base's weights are .bin files: convert those first"
+        )
+    (folder / CORRECTION_FILE).unlink(missing_ok=True)  # the base's
+    if tensors:
+        save_file(tensors, folder / CORRECTION_FILE, {"format": "pt"})
+    kept = {name: file for name, file in found["weight_map"].items() if file != CORRECTION_FILE}
+    found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)
+    found.get("metadata", {}).pop("total_size", None)  # the base's
+    index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
@@ -495,7 +535,13 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             load_in_8bit=load_in_8bit,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=[
+                "model.vision_tower",
+                "model.multi_modal_projector",
+                "lm_head",
+                "correction",
+                r".*\.correction",
+            ],
         )
     model_type = _own_type(read_config(folder))
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)

@@ -39,9 +39,11 @@ from shortv_llava.model_card import is_edited, make_card, read_card
 from shortv_llava.package import (
     CARD_FILE,
     CODE_FILES,
+    CORRECTION_FILE,
     INDEX_PATTERNS,
     MODEL_TYPES,
     OWN_KEYS,
+    SHARD,
     WEIGHT_PATTERNS,
     check_model,
     hub_reason,
@@ -86,7 +88,7 @@ class Remote(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The repository that the Hub copies weights from."""
+    """The repository that the Hub copies weights from. `files`: its files, by their names in the package."""
 
     repo_id: str
     commit: str
@@ -317,10 +319,13 @@ def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
     for key in ("text_config", "vision_config", "image_token_index", "image_token_id"):
         if expected.get(key) != config.get(key):
             raise ShortVError(f"{spec}: its config.json has another {key} than {folder}; it is not this package's base")
+    single = [name for name in SINGLE_WEIGHT_FILES if name in files]
     if index := weight_index(folder):
-        names = sorted(path.name for path in listed_shards(index))
+        names = sorted(path.name for path in listed_shards(index) if path.name != CORRECTION_FILE)
     else:
-        names = [name for name in SINGLE_WEIGHT_FILES if name in files][:1]
+        names = single[:1]
+    if names == [SHARD] and single:
+        files[SHARD] = files[single[0]]
     missing = [name for name in names if name not in files or not files[name].lfs]
     if missing or not names:
         raise ShortVError(f"{spec}: has no {', '.join(missing) or 'weights'}; it is not this package's base")
@@ -356,7 +361,8 @@ def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | 
     yield from _changed([CommitOperationAdd(CARD_FILE, str(card).encode())], remote)
     for path in _published_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name in kept or (source and path in files_like(folder, WEIGHT_PATTERNS)):
+        is_base = name != CORRECTION_FILE and path in files_like(folder, WEIGHT_PATTERNS)
+        if name in kept or (source and is_base):
             continue
         kept.add(name)
         yield from _changed([CommitOperationAdd(name, path)], remote)
@@ -364,7 +370,7 @@ def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | 
         there = remote.files.get(name)
         if not (there and there.lfs and there.lfs.sha256 == file.lfs.sha256):
             yield CommitOperationCopy(
-                name, name, src_revision=source.commit, src_repo_id=source.repo_id, src_repo_type="model"
+                file.path, name, src_revision=source.commit, src_repo_id=source.repo_id, src_repo_type="model"
             )
     for name in remote.files.keys() - kept:
         if "/" not in name and any(fnmatch(name, pattern) for pattern in (*WEIGHT_PATTERNS, *INDEX_PATTERNS)):
@@ -403,13 +409,14 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
             if source is None or not _copy_refused(error):
                 raise
             reason = getattr(error, "server_message", None) or first_line(error)
-    names = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationCopy)]
-    size = sum(source.files[name].size for name in names)
+    copies = [operation for operation in operations if isinstance(operation, CommitOperationCopy)]
+    size = sum(source.files[operation.path_in_repo].size for operation in copies)
     logger.warning(f"the Hub does not copy from {source.repo_id} ({reason}): downloading and uploading {size:,} bytes")
     with _hub_errors(source.repo_id):
+        names = [operation.src_path_in_repo for operation in copies]
         weights = Path(snapshot_download(source.repo_id, revision=source.commit, allow_patterns=names))
     uploads = [
-        CommitOperationAdd(operation.path_in_repo, weights / operation.path_in_repo)
+        CommitOperationAdd(operation.path_in_repo, weights / operation.src_path_in_repo)
         if isinstance(operation, CommitOperationCopy)
         else operation
         for operation in operations

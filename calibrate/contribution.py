@@ -10,7 +10,7 @@ L + L(L-1)/2 layer passes for L layers in place of L(L+1), and each layer's weig
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Literal
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, FrozenTokens
+from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, Correction, FrozenTokens
 
 Tokens = Literal["visual", "text", "all"]
 Direction = Literal["release", "paper"]
@@ -54,40 +54,47 @@ def contributions(
     granularity: Granularity = "layer",
     budget: RowBudget | None = None,
     read: tuple[torch.Tensor, torch.Tensor] | None = None,
+    corrections: Mapping[int, Correction] | None = None,
 ) -> torch.Tensor:
     """LC scores of every row of the batch for several sets of tokens, which share the original's pass.
 
     Args:
         read: rows (N,) and positions (N,) where next-token distributions are compared; by default every row's last
             token, N = B.
+        corrections: of layers by id, for one more set of scores: the first set of tokens, corrected where it skips the
+            FFN.
 
     Returns:
         float64 of shape `(len(tokens), N, num_layers)`, or `(len(tokens), N, 2 * num_layers)` with granularity `block`:
-        the attention blocks of all layers, then the FFN blocks.
+        the attention blocks of all layers, then the FFN blocks. With corrections `len(tokens) + 1`.
     """
     decoder = model.model.language_model
     budget = budget or RowBudget()
-    with _shortv_layers(decoder.layers):
-        stack, calls = _layer_calls(model, inputs)  # (variants * B, S, h), the original first
+    with _shortv_layers(decoder.layers), without_corrections(model):
+        stack, calls = layer_calls(model, inputs)  # (variants * B, S, h), the original first
         batch = len(stack)
-        sets = [_token_set(model, inputs, kind) for kind in tokens]
+        sets = [token_set(model, inputs, kind) for kind in tokens]
         rows, positions = read or (torch.arange(batch), _last_positions(inputs, stack))
         unread = torch.ones_like(sets[0])
         unread[rows.to(unread.device), positions.to(unread.device)] = False
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
             before = stack[:batch]
-            with _weights_in_place(layer):
+            with weights_in_place(layer):
                 # Of the last layer's outputs only some are read.
                 final = unread if index == len(decoder.layers) - 1 else None
-                outputs = _run(layer, stack, call, batch, budget, final)
+                outputs = run_layer(layer, stack, call, batch, budget, final)
                 variants = []
-                for frozen in sets:
+                for number, frozen in enumerate([*sets, sets[0]] if corrections else sets):
                     if granularity == "layer":
-                        kept = [before.to(outputs.device)]
+                        kept, norm = [before.to(outputs.device)], layer.input_layernorm
                     else:
                         kept = [
-                            _run(layer, before, call, batch, budget, frozen, (name,)) for name in ("attention", "ffn")
+                            run_layer(layer, before, call, batch, budget, frozen, (name,))
+                            for name in ("attention", "ffn")
                         ]
+                        norm = layer.post_attention_layernorm
+                    if number == len(sets) and index in corrections:
+                        kept[-1] = kept[-1] + corrections[index](norm(kept[-1]))
                     mask = frozen.unsqueeze(-1).to(outputs.device)
                     variants += [torch.where(mask, states, outputs[:batch]) for states in kept]
             stack = torch.cat([outputs, *variants])
@@ -96,7 +103,7 @@ def contributions(
     scores = divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, N)
     # Equal states mean equal distributions, however a matrix product rounds their rows.
     scores = scores.masked_fill((states[1:] == states[0]).all(dim=-1), 0)
-    scores = scores.view(len(decoder.layers), len(sets), -1, len(rows))
+    scores = scores.view(len(decoder.layers), len(sets) + bool(corrections), -1, len(rows))
     return scores.permute(1, 3, 2, 0).flatten(2)
 
 
@@ -106,7 +113,7 @@ def cosine_distance(model, inputs) -> torch.Tensor:
 
     The paper's alternative to LC for choosing layers (section 4.4), float64 of shape `(num_layers,)`.
     """
-    visual = _token_set(model, inputs, "visual")
+    visual = token_set(model, inputs, "visual")
     distances = []
 
     def measure(layer, args, output):
@@ -148,7 +155,7 @@ def divergence(original: torch.Tensor, variants: torch.Tensor, direction: Direct
     raise ValueError(f"direction must be 'release' or 'paper', got {direction!r}")
 
 
-def _token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
+def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
     """(B, S), true for the tokens to freeze."""
     visual = inputs["input_ids"] == model.config.image_token_id
     if tokens == "visual":
@@ -168,7 +175,7 @@ def _last_positions(inputs, states: torch.Tensor) -> torch.Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
 
 
-def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
+def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
     """What the language model would call its layers with: states (B, S, h) for the first, keywords for each."""
     layers = model.model.language_model.layers
     states, calls = [], []
@@ -192,7 +199,7 @@ def _layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
     return states[0], calls
 
 
-def _run(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "ffn")) -> torch.Tensor:
+def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "ffn")) -> torch.Tensor:
     """The layer on the stack (variants * B, S, h), as many rows at once as memory allows.
 
     Args:
@@ -231,6 +238,18 @@ def _of_rows(value, rows: torch.Tensor, batch: int):
 
 
 @contextmanager
+def without_corrections(model) -> Iterator[None]:
+    """Let all corrections rest for a while."""
+    layers = model.model.language_model.layers
+    kept = [(layer, layer._modules.pop("correction")) for layer in layers if "correction" in layer._modules]
+    try:
+        yield
+    finally:
+        for layer, correction in kept:
+            layer.correction = correction
+
+
+@contextmanager
 def _shortv_layers(layers) -> Iterator[None]:
     """Let the layers of a plain LLaVA take frozen tokens for a while."""
     before = []
@@ -251,7 +270,7 @@ def _shortv_layers(layers) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_in_place(layer) -> Iterator[None]:
+def weights_in_place(layer) -> Iterator[None]:
     """Bring the weights of a layer that accelerate offloads once, not for every call of its modules."""
     offloaded = [m for m in layer.modules() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
     for module in offloaded:

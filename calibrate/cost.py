@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from shortv_llava.calibrate.contribution import Direction, dense, divergence
+from shortv_llava.calibrate.correction import Factors, corrected
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.package import LAYER_LISTS
 
@@ -54,10 +55,10 @@ class CostMeter:
         return logits[0].clone(), -log_probabilities.gather(1, answer[:, None]).mean().item()
 
     @torch.no_grad()
-    def measure(self, frozen: dict[str, list[int]]) -> Cost:
-        """Cost of freezing, `frozen` as in the configuration: lists by name."""
+    def measure(self, frozen: dict[str, list[int]], corrections: dict[int, Factors] | None = None) -> Cost:
+        """Cost of freezing, `frozen` as in the configuration: lists by name. The model's own corrections rest."""
         divergences, agreed, changes = [], [], []
-        with dense(self.model):
+        with dense(self.model), corrected(self.model, corrections or {}):
             self.model.set_replaced_layers(*(frozen[name] for name in LAYER_LISTS))
             for inputs, length, logits, nll in self.prompts:
                 now, nll_now = self._read(inputs, length)

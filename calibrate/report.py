@@ -52,28 +52,29 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
     """Measured cost for numbers of frozen units near the chosen one.
 
     Args:
-        curve: entries with `number`, `flops_ratio` and `cost`, by number.
+        curve: entries with `number`, `flops_ratio`, `cost` and, with corrections, `corrected_cost`, by number.
         chosen: index into `curve`.
     """
+    corrected = any("corrected_cost" in entry for entry in curve)
     table = Table(
         box=box.SIMPLE,
         title=f"Cost of {granularity}s frozen together, on samples not used for choosing",
         title_justify="left",
     )
-    for column in ("frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"):
+    names = ["frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"]
+    for column in names + ["corrected KL", "±", "top-1", "NLL"] * corrected:
         table.add_column(column, justify="right")
     for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
-        cost: Cost = curve[index]["cost"]
-        table.add_row(
-            f"{curve[index]['number']}",
-            f"{curve[index]['flops_ratio']:.3f}",
-            f"{cost.kl:.2e}",
-            f"{cost.kl_interval:.0e}",
-            f"{cost.agreement:.0%}",
-            "" if cost.nll_change is None else f"{cost.nll_change:+.4f}",
-            style="bold" if index == chosen else None,
-        )
+        entry = curve[index]
+        cells = [cell for name in ("cost", "corrected_cost") if name in entry for cell in _cells(entry[name])]
+        style = "bold" if index == chosen else None
+        table.add_row(f"{entry['number']}", f"{entry['flops_ratio']:.3f}", *cells, style=style)
     return table
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    change = "" if cost.nll_change is None else f"{cost.nll_change:+.4f}"
+    return f"{cost.kl:.2e}", f"{cost.kl_interval:.0e}", f"{cost.agreement:.0%}", change
 
 
 def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]) -> None:
@@ -100,10 +101,12 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
     """
     figure, axes = new_figure()
     for (name, candidate), marker in zip(candidates.items(), "os"):
-        points = [(entry["flops_ratio"], entry["cost"].kl) for entry in candidate.curve if entry["cost"].kl > 0]
-        if points:
-            axes.plot(*zip(*points), f"-{marker}", label=f"{name}s", ms=4)
-    axes.plot([taken.chosen["flops_ratio"]], [taken.chosen["cost"].kl], "*", color="black", ms=14, label="chosen")
+        for key, label in (("cost", f"{name}s"), ("corrected_cost", f"{name}s, corrected")):
+            known = [entry for entry in candidate.curve if key in entry and entry[key].kl > 0]
+            if known:
+                points = [(entry["flops_ratio"], entry[key].kl) for entry in known]
+                axes.plot(*zip(*points), f"-{marker}" if key == "cost" else f"--{marker}", label=label, ms=4)
+    axes.plot([taken.chosen["flops_ratio"]], [taken.cost.kl], "*", color="black", ms=14, label="chosen")
     axes.set(yscale="log", xlabel="FLOPs of the prefill, of the dense model's", ylabel="KL to the dense model (nats)")
     axes.invert_xaxis()
     save_figure(figure, axes, path)

@@ -1,8 +1,10 @@
 """One calibration: samples in; scores, a choice, what it costs, and a package out."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +22,28 @@ from shortv_llava.calibrate.contribution import (
     Tokens,
     contributions,
     cosine_distance,
+    dense,
 )
-from shortv_llava.calibrate.cost import CostMeter
+from shortv_llava.calibrate.correction import (
+    Factors,
+    FitSample,
+    correction_tensors,
+    fit_corrections,
+    make_correction,
+    packed,
+    unpacked,
+)
+from shortv_llava.calibrate.cost import Cost, CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap, number_of_layers
 from shortv_llava.errors import ShortVError
 from shortv_llava.model_card import write_card
-from shortv_llava.package import JOURNAL, check_output, replacing_file, write_package
+from shortv_llava.package import JOURNAL, LAYER_LISTS, check_output, replacing_file, write_package
 
-STRATEGIES = ("lc", "greedy", "cosine", "random")
+logger = logging.getLogger(__name__)
+
+STRATEGIES = ("lc", "corrected-lc", "greedy", "cosine", "random")
 GRANULARITIES = ("layer", "block", "auto")
 
 
@@ -38,30 +52,44 @@ class Choice:
     """How to choose what is frozen.
 
     Args:
-        strategy: one of STRATEGIES.
+        strategy: one of STRATEGIES; by default `corrected-lc`, LC with the layer corrected, or without correction `lc`.
         granularity: `layer`, `block`, or `auto`: whichever diverges less on held-out samples at the same FLOPs.
         num_layers, fraction, flops_ratio, max_divergence: the budget; at most one, a fraction of 0.6 by default.
         seed: of random choices and of the bootstrap.
+        correction_rank: of the corrections; None for none.
+        layers: given layers, in place of a choice.
     """
 
-    strategy: str = "lc"
+    strategy: str | None = None
     granularity: str = "layer"
     num_layers: int | None = None
     fraction: float | None = None
     flops_ratio: float | None = None
     max_divergence: float | None = None
     seed: int = 0
+    correction_rank: int | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def chosen_by(self) -> str:
+        """The strategy, or `given`."""
+        if self.layers is not None:
+            return "given"
+        return self.strategy or ("corrected-lc" if self.correction_rank else "lc")
 
     def check(self, num_layers: int) -> None:
         """Raises ShortVError if the options contradict one another or the model."""
         for name, value, known in (
-            ("strategy", self.strategy, STRATEGIES),
+            ("strategy", self.strategy or "lc", STRATEGIES),
             ("granularity", self.granularity, GRANULARITIES),
         ):
             if value not in known:
                 raise ShortVError(f"--{name} must be one of {', '.join(known)}, not {value!r}")
         budgets = ("num_layers", "fraction", "flops_ratio", "max_divergence")
         given = [f"--{name.replace('_', '-')}" for name in budgets if getattr(self, name) is not None]
+        if self.layers is not None:
+            given += ["--layers"] + ["--strategy"] * (self.strategy is not None)
+            given += ["--granularity"] * (self.granularity != "layer")
         if len(given) > 1:
             raise ShortVError(f"{' and '.join(given)} contradict each other; give one")
         if self.num_layers is not None and not 0 <= self.num_layers <= num_layers:
@@ -70,6 +98,8 @@ class Choice:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ShortVError(f"--{name.replace('_', '-')} must be from 0 to 1, not {value}")
+        if self.strategy == "corrected-lc" and not self.correction_rank:
+            raise ShortVError("--strategy corrected-lc needs corrections; give --correction-rank")
         if self.strategy == "cosine" and self.granularity != "layer":
             raise ShortVError("--strategy cosine compares the states around whole layers; it needs --granularity layer")
 
@@ -80,7 +110,8 @@ class Choice:
             curve: the cost of every number, see [`Candidate`].
         """
         if self.max_divergence is not None:
-            return max(entry["number"] for entry in curve if entry["cost"].kl <= self.max_divergence)
+            costs = {entry["number"]: entry.get("corrected_cost", entry["cost"]) for entry in curve}
+            return max(number for number, cost in costs.items() if cost.kl <= self.max_divergence)
         if self.flops_ratio is not None:
             return units.reaching(order, self.flops_ratio)
         layers = self.num_layers
@@ -94,10 +125,11 @@ class Candidate(NamedTuple):
     """An order of replacement, and how far along it to go."""
 
     units: Units
-    scores: np.ndarray  # LC (samples, sets of tokens, units)
+    scores: np.ndarray | None  # LC (samples, sets of tokens, units), none where layers were given
     order: list[int]
-    curve: list[dict]  # number, flops_ratio and cost on held-out samples, for every number of units frozen
+    curve: list[dict]  # number, flops_ratio, cost on held-out samples and corrected_cost, for numbers of units frozen
     number: int
+    corrections: dict[int, Factors]
 
     @property
     def frozen(self) -> dict[str, list[int]]:
@@ -105,7 +137,12 @@ class Candidate(NamedTuple):
 
     @property
     def chosen(self) -> dict:
-        return self.curve[self.number]
+        return next(entry for entry in self.curve if entry["number"] == self.number)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the choice, with its corrections."""
+        return self.chosen["corrected_cost" if self.corrections else "cost"]
 
 
 def calibrate(
@@ -122,6 +159,7 @@ def calibrate(
     max_rows: int | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
+    fit_on: Sequence[Sample] = (),
 ) -> Candidate:
     """Score the units of `model`, choose, measure the choice, and write the package `output`.
 
@@ -133,6 +171,7 @@ def calibrate(
         tokens: sets of tokens to score; the first one's scores choose.
         max_rows: rows that a layer takes at once, for small memories.
         chat_template: of the package, see [`write_package`].
+        fit_on: for fitting corrections, if the choice has a rank for them.
 
     Raises:
         ShortVError: if the output must not be written, an unfinished calibration of other settings lies there, options
@@ -147,15 +186,18 @@ def calibrate(
         "direction": direction,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    run = Run(model, processor, samples, held_out, Journal(output / JOURNAL, scored_as), tokens, direction, max_rows)
+    if choice.correction_rank:
+        scored_as |= {"correction_rank": choice.correction_rank, "correction_samples": [one.id for one in fit_on]}
+    journal = Journal(output / JOURNAL, scored_as)
+    run = Run(model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on)
     candidates = {}
     for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
         candidates[granularity] = run.candidate(choice, granularity, candidates.get("layer"))
-    best = min(candidates, key=lambda granularity: candidates[granularity].chosen["cost"].kl)
+    best = min(candidates, key=lambda granularity: candidates[granularity].cost.kl)
     if run.state.is_main_process:
         overwrite = overwrite or run.journal.path.exists()
-        measured_on = [sample.id for sample in held_out]
-        _write(base, output, overwrite, candidates, best, scored_as, measured_on, choice, chat_template)
+        ids = [sample.id for sample in held_out]
+        _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template)
     run.state.wait_for_everyone()
     return candidates[best]
 
@@ -163,35 +205,84 @@ def calibrate(
 class Run:
     """The computations of a calibration, shared among processes; the main one keeps the journal."""
 
-    def __init__(self, model, processor, samples, held_out, journal, tokens, direction, max_rows):
+    def __init__(self, model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on):
         self.model, self.processor, self.samples, self.journal = model, processor, samples, journal
-        self.tokens, self.direction, self.budget = tokens, direction, RowBudget(max_rows)
+        self.tokens, self.direction, self.budget, self.fit_on = tokens, direction, RowBudget(max_rows), fit_on
         self.state = PartialState()
         self.held_out = CostMeter(model, processor, held_out, direction)
 
     def candidate(self, choice: Choice, granularity: Granularity, rival: Candidate | None) -> Candidate:
         """Score, order, measure; with a `rival`, go along the order until as many operations are saved."""
-        units = Units(self.model.config, granularity)
-        scores = self.collect(
-            f"{granularity} LC",
-            lambda inputs: contributions(self.model, inputs, self.tokens, self.direction, granularity, self.budget)[
-                :, 0
-            ],
-        )
-        order = self.order(choice, units, scores)
+        rank = choice.correction_rank
+        units = Units(self.model.config, granularity, rank or 0)
+        if choice.layers is not None:
+            scores, order, numbers = None, list(choice.layers), [len(choice.layers)]
+        else:
+            scores = self.scores(choice, units)
+            order = self.order(choice, units, scores)
+            numbers = range(len(order) + 1)
+        # Of whole layers, corrections fitted with all of them frozen serve every number well enough for a curve.
+        fitted = self.fit(units, order, rank) if rank and granularity == "layer" and len(numbers) > 1 else {}
         curve = []
-        for number in self.progress(range(len(order) + 1), "cost", "choice"):
-            cost = self.held_out.measure(units.frozen(order[:number]))
-            curve.append({"number": number, "flops_ratio": units.ratio(order[:number]), "cost": cost})
-        number = (
-            choice.number(units, order, curve) if rival is None else units.reaching(order, rival.chosen["flops_ratio"])
-        )
-        return Candidate(units, scores, order, curve, number)
+        for number in self.progress(numbers, "cost", "choice"):
+            frozen = units.frozen(order[:number])
+            curve.append({"number": number, "flops_ratio": units.ratio(order[:number])})
+            curve[-1]["cost"] = self.held_out.measure(frozen)
+            if fitted:
+                curve[-1]["corrected_cost"] = self.held_out.measure(frozen, fitted)
+        if choice.layers is not None:
+            number = len(order)
+        elif rival is not None:
+            number = units.reaching(order, rival.chosen["flops_ratio"])
+        else:
+            number = choice.number(units, order, curve)
+        corrections = self.fit(units, order[:number], rank) if rank else {}
+        if corrections:
+            entry = next(entry for entry in curve if entry["number"] == number)
+            entry["corrected_cost"] = self.held_out.measure(units.frozen(order[:number]), corrections)
+            if entry["corrected_cost"].kl >= entry["cost"].kl:
+                logger.warning(f"{granularity}s: the corrections do not lower the divergence and are left out")
+                corrections = {}
+        return Candidate(units, scores, order, curve, number, corrections)
+
+    def fit(self, units: Units, frozen: Sequence[int], rank: int, alone: bool = False) -> dict[int, Factors]:
+        """Corrections of these units frozen together, or of each `alone`. Processes share the samples."""
+        name = f"{units.granularity} correction{' alone' if alone else ''} {list(frozen)}"
+
+        def once(layer: int, compute) -> Factors:
+            return unpacked(self.once(f"{name} {layer}", lambda: packed(compute())))
+
+        shared = self.fit_on[self.state.process_index :: self.state.num_processes]
+        lists = units.frozen(frozen)
+        with dense(self.model):
+            self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
+            bar = partial(self.progress, name="correction", unit="layer")
+            inputs = (make_inputs(self.processor, [sample]).to(self.model.device) for sample in shared)
+            samples = [FitSample(self.model, each) for each in inputs]
+            return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
+
+    def scores(self, choice: Choice, units: Units) -> np.ndarray:
+        """LC (samples, sets of tokens, units); of corrected units behind the others, if they are to choose."""
+        granularity, corrections = units.granularity, None
+        name = f"{granularity} LC"
+        if choice.chosen_by == "corrected-lc":
+            all_ffns = range(len(units) - units.num_layers, len(units))
+            like = self.model.lm_head.weight
+            fitted = self.fit(units, all_ffns, choice.correction_rank, alone=True)
+            corrections = {layer: make_correction(factors, like) for layer, factors in fitted.items()}
+            name += ", plain and corrected"
+
+        def compute(inputs):
+            settings = self.tokens, self.direction, granularity, self.budget
+            return contributions(self.model, inputs, *settings, corrections=corrections)[:, 0]
+
+        return self.collect(name, compute)
 
     def order(self, choice: Choice, units: Units, scores: np.ndarray) -> list[int]:
         """All units in order of replacement."""
-        if choice.strategy == "lc":
-            return units.order_by(scores[:, 0].mean(axis=0).tolist())
+        if choice.chosen_by in ("lc", "corrected-lc"):
+            chooses = len(self.tokens) if choice.chosen_by == "corrected-lc" else 0
+            return units.order_by(scores[:, chooses].mean(axis=0).tolist())
         if choice.strategy == "cosine":
             distances = self.collect("cosine distance", lambda inputs: cosine_distance(self.model, inputs))
             return units.order_by(distances.mean(axis=0).tolist())
@@ -244,65 +335,79 @@ class Run:
 
 
 def _write(
-    base, output, overwrite, candidates: dict[str, Candidate], best: str, scored_as, held_out, choice, chat_template
+    base, output, overwrite, candidates: dict[str, Candidate], best, scored_as, held_out, choice, dtype, chat_template
 ) -> None:
     """The package with the best candidate, what was found in calibration.json, pictures beside it, tables on screen."""
     taken = candidates[best]
-    units, scores, order, curve, number = taken
-    tokens = scored_as["tokens"]
-    means = dict(zip(tokens, scores.mean(axis=0).tolist()))
-    saved = [units.saved(unit) for unit in range(len(units))]
-    intervals, shares = bootstrap(scores[:, 0], number, saved, choice.seed)
+    units, scores, order, curve, number, corrections = taken
     summary = {
-        **scored_as,
-        "choice": {key: value for key, value in asdict(choice).items() if value is not None},
+        **{key: value for key, value in scored_as.items() if corrections or not key.startswith("correction")},
+        "choice": {
+            key: value for key, value in (asdict(choice) | {"strategy": choice.chosen_by}).items() if value is not None
+        },
         "granularity": best,
         "flops_ratio": taken.chosen["flops_ratio"],
-        "cost": taken.chosen["cost"]._asdict(),
+        "cost": taken.cost._asdict(),
     }
+    if corrections:
+        summary["cost_without_correction"] = taken.chosen["cost"]._asdict()
     details = {
         **summary,
         "held_out": held_out,
         "frozen": taken.frozen,
         "order": order,
-        "scores": means,
-        "intervals": intervals.tolist(),
-        "chosen_in": shares.tolist(),
         "curves": {
-            name: [entry | {"cost": entry["cost"]._asdict()} for entry in candidate.curve]
+            name: [
+                {key: value._asdict() if isinstance(value, Cost) else value for key, value in entry.items()}
+                for entry in candidate.curve
+            ]
             for name, candidate in candidates.items()
         },
     }
-    lc_scores = candidates["layer"].scores[:, 0].mean(axis=0).tolist() if "layer" in candidates else None
-    settings = {**taken.frozen, "lc_scores": lc_scores, "calibration": summary}
-    write_package(base, output, overwrite, chat_template=chat_template, **settings)
+    series, shares = {}, []
+    if scores is not None:
+        sets = [*scored_as["tokens"], f"{scored_as['tokens'][0]}, corrected"][: scores.shape[1]]
+        means = dict(zip(sets, scores.mean(axis=0).tolist()))
+        chooses = scores.shape[1] - 1 if choice.chosen_by == "corrected-lc" else 0
+        saved = [units.saved(unit) for unit in range(len(units))]
+        intervals, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
+        details |= {"scores": means, "intervals": intervals.tolist(), "chosen_in": shares.tolist()}
+        series = means
+        if best == "block":
+            half = units.num_layers
+            series = {f"{kind}, attention": values[:half] for kind, values in means.items()}
+            series |= {f"{kind}, FFN": values[half:] for kind, values in means.items()}
+    scored = candidates["layer"].scores if "layer" in candidates else None
+    lc_scores = None if scored is None else scored[:, 0].mean(axis=0).tolist()
+    settings = {"lc_scores": lc_scores, "calibration": summary}
+    if corrections:
+        settings |= {"correction_rank": choice.correction_rank, "corrected_layers": list(corrections)}
+    tensors = correction_tensors(corrections, dtype)
+    options = {"corrections": tensors, "chat_template": chat_template}
+    write_package(base, output, overwrite, **options, **taken.frozen, **settings)
 
-    series = means
-    if best == "block":
-        half = units.num_layers
-        series = {f"{kind}, attention": values[:half] for kind, values in means.items()}
-        series |= {f"{kind}, FFN": values[half:] for kind, values in means.items()}
     for name, draw in (
         ("calibration.json", lambda path: path.write_text(json.dumps(details, indent=1) + "\n")),
         ("lc_scores.png", lambda path: report.draw_scores(path, series, taken.frozen)),
         ("tradeoff.png", lambda path: report.draw_tradeoff(path, candidates, taken)),
-    ):
+    )[: 3 if series else 1]:
         with replacing_file(output / name) as unfinished:
             draw(unfinished)
     write_card(output)  # now that there is more to tell
 
     console = Console()
-    console.print(report.score_table(series, taken.frozen, shares.tolist()))
+    if series:
+        console.print(report.score_table(series, taken.frozen, shares.tolist()))
     for name, candidate in candidates.items():
-        console.print(report.cost_table(name, candidate.curve, candidate.number))
+        console.print(report.cost_table(name, candidate.curve, candidate.curve.index(candidate.chosen)))
     if len(candidates) > 1:
-        kls = {name: candidate.chosen["cost"].kl for name, candidate in candidates.items()}
+        kls = {name: candidate.cost.kl for name, candidate in candidates.items()}
         found = ", ".join(f"{name} {kl:.2e}" for name, kl in kls.items())
         console.print(
             f"KL at the same FLOPs: {found}; taken: {best}, {min(kls.values()) / max(kls.values()):.2f} of the other's"
         )
-    unsure = report.unsettled(shares.tolist())
-    if choice.strategy == "lc" and unsure:
+    unsure = report.unsettled(shares)
+    if choice.chosen_by in ("lc", "corrected-lc") and unsure:
         console.print(
             f"more samples could change the choice: between 5% and 95% of resamples take {best} units {unsure}"
         )

@@ -25,8 +25,10 @@ class Sample(NamedTuple):
     answer: str = ""
 
 
-def load_samples(sources: Sequence[str], images: Path | None, number: int, seed: int) -> list[Sample]:
-    """`number` samples at random from each source, the same for the same seed.
+def load_samples(
+    sources: Sequence[str], images: Path | None, number: int, seed: int, at_most: bool = False
+) -> list[Sample]:
+    """`number` samples at random from each source, the same for the same seed; all of one with fewer if `at_most`.
 
     Args:
         sources: `gqa`, `flickr30k`, `shapes` (the embedded set), or a file of questions in LLaVA's format.
@@ -47,8 +49,36 @@ def load_samples(sources: Sequence[str], images: Path | None, number: int, seed:
         else:
             found = question_samples(Path(source), images)
         name = source if source in (*named, "shapes") else Path(source).name
-        samples += [sample._replace(id=f"{name}/{sample.id}") for sample in draw(found, number, seed, name)]
+        drawn = draw(found, min(number, len(found)) if at_most else number, seed, name)
+        samples += [sample._replace(id=f"{name}/{sample.id}") for sample in drawn]
     return samples
+
+
+def fit_samples(
+    sources: Sequence[str], images: Path | None, number: int, seed: int, held_out: Sequence[Sample]
+) -> list[Sample]:
+    """Up to `number` samples from each source, about pictures that no held-out sample is about.
+
+    Args:
+        sources, images: as for [`load_samples`].
+
+    Raises:
+        ShortVError: if a source cannot be read.
+    """
+    apart = {_picture(sample) for sample in held_out}
+    found = load_samples(sources, images, number + len(held_out), seed, at_most=True)
+    by_source = {}
+    for sample in found:
+        by_source.setdefault(sample.id.split("/")[0], []).append(sample)
+    return [
+        sample
+        for several in by_source.values()
+        for sample in [sample for sample in several if _picture(sample) not in apart][:number]
+    ]
+
+
+def _picture(sample: Sample):
+    return hash(sample.image.tobytes()) if isinstance(sample.image, Image.Image) else sample.image
 
 
 def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:

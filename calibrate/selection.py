@@ -30,10 +30,11 @@ class Units:
     Args:
         config: a ShortV configuration.
         granularity: whether a unit is a layer or a block.
+        correction_rank: of the corrections of frozen layers and FFNs but the last layer's; 0 for none.
     """
 
-    def __init__(self, config, granularity: Granularity):
-        self.text_config, self.granularity = config.text_config, granularity
+    def __init__(self, config, granularity: Granularity, correction_rank: int = 0):
+        self.text_config, self.granularity, self.correction_rank = config.text_config, granularity, correction_rank
         self.num_layers = config.text_config.num_hidden_layers
         self.tokens = TEXT_TOKENS, image_tokens(config)
 
@@ -75,7 +76,8 @@ class Units:
         return self._ratio(layers, layers)
 
     def _ratio(self, attention_layers, ffn_layers) -> float:
-        frozen = prefill_flops(self.text_config, *self.tokens, attention_layers, ffn_layers)
+        correction = range(self.num_layers - 1), self.correction_rank
+        frozen = prefill_flops(self.text_config, *self.tokens, attention_layers, ffn_layers, *correction)
         return frozen / prefill_flops(self.text_config, *self.tokens)
 
     def reaching(self, order: Sequence[int], ratio: float) -> int:

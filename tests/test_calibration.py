@@ -25,7 +25,7 @@ from shortv_llava.package import JOURNAL, load_model
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 
-QUICK = ("--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
+QUICK = ("--correction-rank", "0", "--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
 
 
 def command(output, *options, launch=()) -> list[str]:

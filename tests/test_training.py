@@ -29,7 +29,9 @@ def models(model=("llava", "llama", 2), blocks=FROZEN["mixed blocks"]):
 
 
 def labelled(inputs: dict) -> dict:
-    unlearnt = (inputs["input_ids"] == tiny.IMAGE_TOKEN) | (inputs["attention_mask"] == 0)
+    padding = inputs["attention_mask"] == 0
+    unlearnt = (inputs["input_ids"] == tiny.IMAGE_TOKEN) | padding
+    unlearnt[:, 1:] |= padding[:, :-1]  # padding, whose states may differ, predicts nothing
     return inputs | {"labels": inputs["input_ids"].masked_fill(unlearnt, -100)}
 
 

@@ -38,6 +38,7 @@ from shortv_llava import (
 )
 from shortv_llava.chat_templates import FORMATS
 from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.modeling_shortv_llava import Correction
 
 LONG = "t" + "I" * 400 + "t" + "I" * 400 + "ttt"  # 3,205 tokens, text in one row, one row and three
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN, VOCABULARY, LAYERS = 90, 0, 2, 96, 4
@@ -115,8 +116,11 @@ def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementatio
 
 
 @functools.cache
-def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text):
-    """(stock model, ShortV model) with the same weights, float64."""
+def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", correction_rank=0, **text):
+    """(stock model, ShortV model) with the same weights, float64.
+
+    With a `correction_rank`, both have random corrections in all layers, which in the stock model only [`frozen`] sees.
+    """
     stock_config, stock_class, our_config, our_class = CLASSES[family]
     torch.manual_seed(0)
     settings = (family, backbone, kv_heads, attn_implementation)
@@ -124,7 +128,12 @@ def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa
     for name, weight in stock.named_parameters():
         if name.endswith("norm.weight"):  # ones, as they begin, would hide that a layer takes another's
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    ours = our_class(our_config(**config_dict(*settings, **text))).double().eval()
+    decoder, correction = stock.model.language_model.layers, {}
+    if correction_rank:
+        correction = {"correction_rank": correction_rank, "corrected_layers": list(range(len(decoder)))}
+        for layer in decoder:
+            layer.correction = Correction(stock.config.text_config.hidden_size, correction_rank).double().eval()
+    ours = our_class(our_config(**config_dict(*settings, **text), **correction)).double().eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -189,6 +198,8 @@ def freeze(model, layers=(), attention=(), ffn=()) -> None:
 def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), ffn=()):
     """The oracle: hooks on the stock model zero the `visual` (batch, length) rows of what frozen blocks add.
 
+    Where a layer has a correction, and its FFN is frozen, that is added to these rows.
+
     Left out, they are found anew in every forward pass that gets images, and no other is touched, as `generate` needs.
     """
     decoder = stock.model.language_model.layers
@@ -212,8 +223,25 @@ def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), f
             states = states.masked_fill(visual.unsqueeze(-1), 0)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
+    def add_correction(mlp, correction, block):
+        seen = []
+
+        def keep(module, args, kwargs):
+            seen[:] = args or [kwargs["hidden_states"]]  # normed
+
+        def add(module, args, output):
+            if visual is None or output.shape[:2] != visual.shape:
+                return output
+            return output + correction(seen[0]) * visual.unsqueeze(-1)
+
+        return [block.register_forward_pre_hook(keep, with_kwargs=True), mlp.register_forward_hook(add)]
+
     handles = [decoder[i].self_attn.register_forward_hook(zero_visual) for i in {*layers, *attention}]
     handles += [decoder[i].mlp.register_forward_hook(zero_visual) for i in {*layers, *ffn}]
+    for i in {*layers, *ffn}:
+        if hasattr(decoder[i], "correction"):
+            block = decoder[i].self_attn if i in layers else decoder[i].mlp
+            handles += add_correction(decoder[i].mlp, decoder[i].correction, block)
     if find:
         handles.append(stock.model.register_forward_pre_hook(find_visual, with_kwargs=True))
     try:

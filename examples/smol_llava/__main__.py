@@ -94,6 +94,20 @@ def layers(
 
 
 @app.command()
+def corrections(
+    folder: Folder,
+    pictures: Pictures = 40,
+    dtype: Dtype = "float32",
+    work: Work = WORK,
+    strategy: Annotated[list[str], typer.Option(help="Several.")] = ["LC", "corrected LC"],  # noqa: B006
+    number: Annotated[list[int], typer.Option(help="Of layers frozen; several.")] = [6, 12, 18, 24, 27, 28, 30],  # noqa: B006
+    rank: Annotated[list[int], typer.Option(help="Several; 0 for none.")] = [0, 8, 16, 64, 256, 576],  # noqa: B006
+) -> None:
+    """Numbers of layers frozen, plain and corrected. What is found is kept; the command continues and repeats."""
+    evidence(folder, work, dtype, pictures).corrections(strategy, number, rank)
+
+
+@app.command()
 def blocks(
     folder: Folder,
     pictures: Pictures = 25,

@@ -19,8 +19,9 @@ from transformers import LlavaForConditionalGeneration
 
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
+from shortv_llava.calibrate.correction import FitSample, fit_corrections, make_correction, set_corrections
 from shortv_llava.calibrate.samples import make_inputs
-from shortv_llava.calibrate.selection import Units
+from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
@@ -35,6 +36,9 @@ CANDIDATES = 3  # of lowest LC per operation saved, among which a greedy step lo
 NUMBERS = (6, 12, 18, 24)  # of layers frozen, beside none and all
 RATIOS = (0.85, 0.7, 0.55, 0.45)
 SEEDS = 5
+CORRECTED = 10, 4  # pictures, and questions about each: samples for LC with a correction
+FITTED_ON = 160, 20  # pictures to fit corrections on, and how many go through the layers at once
+RANK = 64
 TABLE7_LAYERS = 18  # of 30: the default fraction
 
 
@@ -171,6 +175,48 @@ class Evidence:
         found["change"] = f"{lost:+.1f}" + (f" ± {change:.1f}" if len(right) == 1 else "")
         return found
 
+    @cached_property
+    def fit_samples(self) -> list[FitSample]:
+        """Pictures to fit corrections on, no question about them: visual tokens see none."""
+        pictures = [scene for scene, _ in scenes.held_out(FITTED_ON[0], 1, seed="correction")]
+        found = []
+        for start in range(0, len(pictures), FITTED_ON[1]):
+            batch = pictures[start : start + FITTED_ON[1]]
+            inputs = self.packer.batch([self.packer.row([]) for _ in batch], batch)
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            found.append(FitSample(self.model, inputs, keep=True))
+        return found
+
+    def fit(self, lists: dict[str, list[int]], rank: int, alone: bool = False, samples=None, **settings):
+        self.model.set_replaced_layers(*(lists.get(name, []) for name in LAYER_LISTS))
+        return fit_corrections(self.model, samples or self.fit_samples, rank, alone, **settings)
+
+    def corrected_lc(self) -> torch.Tensor:
+        """LC scores (2, samples, layers), plain and with a correction of the layer alone."""
+
+        def compute() -> list[list[list[float]]]:
+            everything = {"replaced_layers": list(range(self.model.config.text_config.num_hidden_layers))}
+            fitted = self.fit(everything, RANK, alone=True)
+            like = self.model.lm_head.weight
+            corrections = {layer: make_correction(factors, like) for layer, factors in fitted.items()}
+            meter = Meter(self.packer, scenes.held_out(*CORRECTED, seed="calibration, corrected"))
+            return meter.scores(self.model, corrections=corrections).tolist()
+
+        return torch.tensor(self.keep("LC, plain and corrected", compute))
+
+    def corrected_row(self, lists: dict[str, list[int]], rank: int, **settings) -> dict[str, str]:
+        """As [`row`], with corrections of a rank fitted for these layers."""
+        name = f"{lists}, rank {rank}, {settings or ''} {FITTED_ON[0]} pictures, {self.size} questions"
+
+        def compute() -> dict[str, str]:
+            set_corrections(self.model, self.fit(lists, rank, **settings) if rank else {})
+            try:
+                return self.row(lists)
+            finally:
+                set_corrections(self.model, {})
+
+        return self.keep(name, compute)
+
     # Each prints a table.
 
     def accuracy(self) -> None:
@@ -264,6 +310,22 @@ class Evidence:
             rows.append({"N": number, "layers": f"random, {SEEDS} seeds", "FLOPs ratio": ratio, **found})
         ratio = f"{units.ratio(everything):.2f}"
         rows.append({"N": len(units), "layers": "all", "FLOPs ratio": ratio, **self.row(units.frozen(everything))})
+        print_table(rows)
+
+    def corrections(self, strategies: Sequence[str], numbers: Sequence[int], ranks: Sequence[int]) -> None:
+        """Numbers of layers, plain (rank 0) and corrected, chosen by LC and by LC with a correction."""
+        rows, config = [], self.model.config
+        for strategy, scores in zip(("LC", "corrected LC"), self.corrected_lc().mean(1)):
+            order = lowest(scores.tolist())
+            print(f"{strategy}: {order}")
+            for number in numbers if strategy in strategies else ():
+                for rank in ranks:
+                    rank = min(rank, config.text_config.hidden_size)
+                    units = Units(config, "layer", rank)
+                    units.tokens = self.prompt_tokens
+                    found = self.corrected_row(units.frozen(order[:number]), rank)
+                    ratio = f"{units.ratio(order[:number]):.2f}"
+                    rows.append({"N": number, "layers": strategy, "rank": rank, "FLOPs ratio": ratio, **found})
         print_table(rows)
 
     def blocks(self, strategies: Sequence[str], pairs: int) -> None:

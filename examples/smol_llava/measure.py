@@ -1,7 +1,7 @@
 """Accuracy, divergence and Layer Contribution on held-out pictures, with all questions about one in a row."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from shortv_llava.calibrate.samples import Sample
 from shortv_llava.checkpoints.shapes import Question
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer, answer_states
+from shortv_llava.modeling_shortv_llava import Correction
 
 Asked = Sequence[tuple[scenes.Scene, Sequence[Question]]]
 
@@ -69,14 +70,21 @@ class Meter:
             logits.append(found[firsts.to(found.device)].float())
         return Reading(torch.tensor(right), torch.cat(logits))
 
-    def scores(self, model, tokens: Sequence[Tokens] = ("visual",), granularity: Granularity = "layer") -> torch.Tensor:
-        """LC scores of the questions, float64 (sets of tokens, N, units)."""
+    def scores(
+        self,
+        model,
+        tokens: Sequence[Tokens] = ("visual",),
+        granularity: Granularity = "layer",
+        corrections: Mapping[int, Correction] | None = None,
+    ) -> torch.Tensor:
+        """LC scores of the questions, float64 (sets of tokens, N, units); see [`contributions`]."""
         found = []
         for batch, _ in self.batches:
             learnt = batch["labels"] != IGNORED
             ends = (~learnt[:, :-1] & learnt[:, 1:]).nonzero(as_tuple=True)  # of the prompts
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            found.append(contributions(model, inputs, tokens, granularity=granularity, read=ends).cpu())
+            scores = contributions(model, inputs, tokens, granularity=granularity, read=ends, corrections=corrections)
+            found.append(scores.cpu())
         return torch.cat(found, dim=1)
 
     def accuracy(self, right: torch.Tensor) -> dict[str, float]:

@@ -1,0 +1,256 @@
+"""Corrections of frozen visual tokens, in closed form: no gradient, each layer's weights used once.
+
+A frozen token's update is nearly a linear function of its normed state. So ridge regression on the states of some
+pictures gives a map that stands in for it, cut to a rank at which it costs next to nothing beside keys and values.
+
+Two sweeps run through the layers side by side: the dense model's, and that of the model with its layers replaced and
+those before already corrected. In a replaced layer, X are the visual states that leave it uncorrected, A their normed
+ones, T the dense model's: T - X is regressed on A. So every layer also repairs what the ones before have left.
+"""
+
+import base64
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
+
+from shortv_llava.calibrate.contribution import (
+    RowBudget,
+    layer_calls,
+    run_layer,
+    token_set,
+    weights_in_place,
+    without_corrections,
+)
+from shortv_llava.configuration_shortv_llava import CORRECTION
+from shortv_llava.modeling_shortv_llava import Correction
+
+RIDGE = 0.01  # of the mean diagonal of A'A
+
+
+class Factors(NamedTuple):
+    """Weights of a [`Correction`], float32 or float64, on the CPU: (r, h), (h, r) and (h,)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+
+
+class Regression:
+    """Ridge regression with intercept of D on A from rows that come in parts; the sums are float64.
+
+    Args:
+        size: h, of the rows of both.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        # A has a column of ones at its end.
+        self.inner = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)  # A'A
+        self.cross = torch.zeros(size + 1, size, dtype=torch.float64, device=device)  # A'D
+
+    def add(self, a: torch.Tensor, d: torch.Tensor) -> None:
+        """Rows (n, h). A part's products are taken in float32 at least: few GPUs have float64 to speak of."""
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        a = torch.cat([a.to(dtype), a.new_ones(len(a), 1, dtype=dtype)], dim=1)
+        self.inner += a.T @ a
+        self.cross += a.T @ d.to(dtype)
+
+    def share(self) -> None:
+        """Add up the sums of all processes."""
+        self.inner, self.cross = reduce([self.inner, self.cross], reduction="sum")
+
+    def solve(self, rank: int, ridge: float = RIDGE) -> Factors:
+        """Reduced-rank regression: the fitted values' best approximation of that rank, as maps down and up."""
+        count = self.inner[-1, -1]
+        mean_a, mean_d = self.inner[-1, :-1] / count, self.cross[-1] / count
+        inner = self.inner[:-1, :-1] - count * torch.outer(mean_a, mean_a)
+        cross = self.cross[:-1] - count * torch.outer(mean_a, mean_d)
+        damping = (ridge * inner.diagonal().mean()).clamp(min=torch.finfo(inner.dtype).tiny)
+        root = torch.linalg.cholesky(inner + damping * torch.eye(len(inner), device=inner.device))
+        whole = torch.cholesky_solve(cross, root)  # (h, h), from A to D
+        # Right singular vectors of the fitted values A W are eigenvectors of W'A'AW.
+        up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
+        down = (whole @ up).T
+        return Factors(*(part.cpu().contiguous() for part in (down, up, mean_d - up @ (down @ mean_a))))
+
+
+class FitSample:
+    """What a fit needs of a sample or batch: states before the first layer, on the CPU, and how layers are called.
+
+    Args:
+        model: a ShortV model.
+        inputs: a processor's output with images.
+        keep: keep the dense model's visual states of all layers, (V, h) each, so that further fits save their sweep.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, inputs, keep: bool = False):
+        states, self.calls = layer_calls(model, inputs)
+        self.device, self.visual = states.device, token_set(model, inputs, "visual").cpu()
+        self.first, self.targets, self.keep = states.cpu(), [], keep
+
+    def run(self, layer, states: torch.Tensor, budget: RowBudget, blocks: tuple[str, ...] = ()) -> torch.Tensor:
+        """States (B, S, h) through a layer, with visual tokens skipping the `blocks` named."""
+        frozen, call = self.visual if blocks else None, self.calls[layer.self_attn.layer_idx]
+        return run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks).cpu()
+
+
+@torch.no_grad()
+def fit_corrections(
+    model,
+    samples: Sequence[FitSample],
+    rank: int,
+    alone: bool = False,
+    ridge: float = RIDGE,
+    budget: RowBudget | None = None,
+    once: Callable[[int, Callable[[], Factors]], Factors] = lambda layer, fit: fit(),
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[int, Factors]:
+    """Corrections of all layers whose FFN is frozen in a ShortV model, with or without their attention.
+
+    The last layer gets none, for nobody reads what leaves it for visual tokens. Corrections that the model has already
+    are left out of account and in place. In several processes, each gives samples of its own, and all get the same.
+
+    Args:
+        samples: to fit on.
+        rank: of the maps, up to the hidden size h.
+        alone: fit every layer on the dense model's states, as if no other were replaced.
+        ridge: what is added to the diagonal of A'A, as a share of its mean.
+        once: `once(layer, fit)` gives a layer's result, from a journal if it is there, else by `fit()`.
+        progress: wraps the iteration over the layers.
+
+    Raises:
+        ValueError: if there is no sample, or no visual token in any.
+    """
+    state, budget = PartialState(), budget or RowBudget()
+    layers = model.model.language_model.layers
+    attention_layers, ffn_layers = model.config.frozen_layers()
+    found = {}
+    with without_corrections(model):
+        streams = [_Stream(sample, alone) for sample in samples]
+        for index, layer in progress(list(enumerate(layers))):
+            blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
+            blocks = tuple(name for name, frozen in blocks.items() if frozen)
+            fits = "ffn" in blocks and index < len(layers) - 1
+            norm = layer.input_layernorm if "attention" in blocks else layer.post_attention_layernorm
+            with weights_in_place(layer):
+                regression = Regression(model.config.text_config.hidden_size, norm.weight.device) if fits else None
+                for stream in streams:
+                    stream.advance(layer, budget, blocks)
+                    if fits:
+                        x, t = (rows.to(norm.weight.device) for rows in (stream.rows, stream.target))
+                        regression.add(norm(x), t.to(torch.promote_types(t.dtype, torch.float32)) - x)
+                if not fits:
+                    continue
+
+                def fit(regression=regression):
+                    regression.share()
+                    if regression.inner[-1, -1] == 0:
+                        raise ValueError("corrections need samples with visual tokens")
+                    return Factors(*broadcast([part.to(state.device) for part in regression.solve(rank, ridge)]))
+
+                found[index] = Factors(*(part.cpu() for part in once(index, fit)))
+                if not alone:
+                    correction = make_correction(found[index], norm.weight)
+                    for stream in streams:
+                        x = stream.rows.to(norm.weight.device)
+                        stream.rows = x + correction(norm(x))
+    return found
+
+
+class _Stream:
+    """One sample on its way through the layers, in the dense model and in the one with layers replaced."""
+
+    def __init__(self, sample: FitSample, alone: bool):
+        self.sample, self.alone = sample, alone
+        self.dense = self.states = sample.first  # (B, S, h), the same tensor as long as nothing is replaced
+        self.target = None  # (V, h), the dense model's states behind the layer
+
+    def advance(self, layer, budget: RowBudget, blocks: tuple[str, ...]) -> None:
+        sample, index, before = self.sample, layer.self_attn.layer_idx, self.dense
+        if index < len(sample.targets) and not self.alone:
+            self.target = sample.targets[index]
+            self.states = sample.run(layer, self.states, budget, blocks)
+            return
+        self.dense = sample.run(layer, before, budget)
+        self.target = self.dense[sample.visual]
+        if sample.keep and index == len(sample.targets):
+            sample.targets.append(self.target)
+        if self.alone:
+            self.states = before
+        same = self.states is before and not blocks
+        self.states = self.dense if same else sample.run(layer, self.states, budget, blocks)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(V, h), the visual states."""
+        return self.states[self.sample.visual]
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor) -> None:
+        self.states[self.sample.visual] = rows.to(self.states)
+
+
+def make_correction(factors: Factors, like: torch.Tensor) -> Correction:
+    """The module with these weights, on the device and in the dtype of a tensor."""
+    rank, size = factors.down.shape
+    correction = Correction(size, rank).to(like)
+    with torch.no_grad():
+        for weight, value in zip((correction.down.weight, correction.up.weight, correction.up.bias), factors):
+            weight.copy_(value)
+    return correction.eval()
+
+
+def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors by the names that files of LLaVA on the Hub have."""
+    return {
+        f"language_model.model.layers.{layer}.correction.{name}": part.to(dtype)
+        for layer, factors in corrections.items()
+        for name, part in zip(("down.weight", "up.weight", "up.bias"), factors)
+    }
+
+
+def set_corrections(model, corrections: dict[int, Factors]) -> None:
+    """Give a ShortV model these corrections in place of those that it has."""
+    layers, config = model.model.language_model.layers, model.config
+    for layer in layers:
+        layer._modules.pop("correction", None)
+    for name in CORRECTION:
+        vars(config).pop(name, None)
+    for index, factors in corrections.items():
+        norm = layers[index].input_layernorm
+        device = norm._hf_hook.execution_device if norm.weight.is_meta else norm.weight.device  # of offloaded layers
+        layers[index].correction = make_correction(factors, torch.empty(0, dtype=norm.weight.dtype, device=device))
+        config.correction_rank = len(factors.down)
+    if corrections:
+        config.corrected_layers = list(corrections)
+
+
+@contextmanager
+def corrected(model, corrections: dict[int, Factors]) -> Iterator[None]:
+    """Give a ShortV model these corrections for a while; its own rest."""
+    config = vars(model.config)
+    own = {name: config[name] for name in CORRECTION if name in config}
+    with without_corrections(model):
+        set_corrections(model, corrections)
+        try:
+            yield
+        finally:
+            set_corrections(model, {})
+            config.update(own)
+
+
+def packed(factors: Factors) -> list:
+    """For a journal: the float32 numbers of each part, and its shape."""
+    parts = [part.float().contiguous() for part in factors]
+    return [[base64.b64encode(part.numpy().tobytes()).decode(), list(part.shape)] for part in parts]
+
+
+def unpacked(parts: list) -> Factors:
+    """What [`packed`] made."""
+    return Factors(
+        *(torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32).view(shape) for data, shape in parts)
+    )

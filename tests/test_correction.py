@@ -1,0 +1,265 @@
+"""Corrected layers against the stock model with hooks that add the same maps; the configuration and files of them.
+
+The first part is other files' tests, run with corrections in all layers of both models, see [`tiny.pair`].
+"""
+
+import copy
+import functools
+import json
+import re
+
+import pytest
+import test_habits
+import test_training
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_attention import flash_kernel  # noqa: F401
+from test_generation import test_caches, test_embeddings_in_place_of_ids, test_methods  # noqa: F401
+from test_habits import (  # noqa: F401
+    test_attention_told_not_to_be_causal,
+    test_gradients_of_pictures_and_attention_maps,
+    test_hooks_and_other_modules,
+    test_whole_masks,
+)
+from test_modeling import (  # noqa: F401
+    LAYOUTS,
+    test_attentions_equal_with_no_rows_for_frozen_tokens,
+    test_generate_with_cache,
+    test_hidden_states_are_whole_and_equal,
+    test_logits_equal_the_hooked_stock_model,
+    test_no_frozen_layer_is_the_stock_model_to_the_bit,
+    test_text_alone_is_the_stock_model_to_the_bit,
+    test_turns_with_a_kept_cache_and_a_new_image,
+)
+from test_training import (  # noqa: F401
+    test_gradient_checkpointing_changes_no_gradient,
+    test_gradients_equal_the_hooked_models,
+    test_trainer_trains_saves_and_resumes,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.calibrate.correction import FitSample, fit_corrections, set_corrections
+from shortv_llava.errors import ShortVError
+from shortv_llava.package import load_model
+
+RANK = 3
+PLAIN_PAIR = tiny.pair
+CORRECTED_PAIR = functools.partial(PLAIN_PAIR, correction_rank=RANK)
+
+
+@pytest.fixture(autouse=True)
+def corrected_pairs(monkeypatch, request):
+    do = getattr(request.node, "callspec", None) and request.node.callspec.params.get("do")
+    if do is test_habits.wrap_parts:
+        pytest.skip("around an FFN the oracle's correction, which it adds to the FFN's output, is wrapped, too")
+    monkeypatch.setattr(tiny, "pair", CORRECTED_PAIR)
+
+
+def test_layers_sharded_by_accelerate(tmp_path, monkeypatch):
+    # Of a correction that rests there is no optimiser state to load, as of other weights without gradient.
+    monkeypatch.setitem(test_training.FROZEN, "mixed blocks", {"layers": (3, 1), "ffn": (0, 2)})
+    test_training.test_layers_sharded_by_accelerate(tmp_path)
+
+
+def inputs_of(model, layout="0, 1 and 2 images"):
+    return tiny.batch(model, "llava", LAYOUTS[layout])
+
+
+@torch.no_grad()
+def test_a_correction_acts_where_the_ffn_is_frozen_and_rests_elsewhere():
+    plain = PLAIN_PAIR()[1]
+    ours = CORRECTED_PAIR()[1]
+    inputs = inputs_of(plain)
+    for blocks in ({"layers": (1,)}, {"attention": (1,)}, {"ffn": (1,)}, {}):
+        for model in (plain, ours):
+            tiny.freeze(model, **blocks)
+        same = torch.equal(plain(**inputs).logits, ours(**inputs).logits)
+        assert same == (not blocks or "attention" in blocks), blocks
+
+
+@torch.no_grad()
+def test_replaced_layers_without_correction_are_the_papers_to_the_bit():
+    _, plain = PLAIN_PAIR()
+    config = ShortVLlavaConfig(**tiny.config_dict(), correction_rank=RANK, corrected_layers=[2])
+    ours = ShortVLlavaForConditionalGeneration(config).double().eval()
+    assert len(ours.load_state_dict(plain.state_dict(), strict=False).missing_keys) == 3
+    inputs = inputs_of(plain)
+    for model in (plain, ours):
+        model.set_replaced_layers([3, 0], ffn=[1])
+    assert torch.equal(plain(**inputs).logits, ours(**inputs).logits)
+    ours.set_replaced_layers([3, 2])
+    corrected = ours(**inputs).logits
+    ours.set_replaced_layers([])
+    ours.set_replaced_layers([3, 2])
+    assert torch.equal(ours(**inputs).logits, corrected)  # it was kept
+    plain.set_replaced_layers([3, 2])
+    assert not torch.allclose(plain(**inputs).logits, corrected)
+
+
+class TestConfiguration:
+    def config(self, **settings):
+        return ShortVLlavaConfig(**tiny.config_dict(), **settings)
+
+    @pytest.mark.parametrize("rank", [-1, 33, 1.0, True, None, "8"])
+    def test_ranks_that_are_none(self, rank):
+        with pytest.raises(
+            ValueError, match=re.escape(f"correction_rank must be an integer from 0 to 32, got {rank!r}")
+        ):
+            self.config(correction_rank=rank)
+
+    @pytest.mark.parametrize(
+        "layers, words",
+        [
+            ([4], "corrected_layers: 4 is no layer id"),
+            ([1, 1], "listed here twice"),
+            (3, "must be a list of layer ids"),
+        ],
+    )
+    def test_layers_that_are_none(self, layers, words):
+        with pytest.raises(ValueError, match=words):
+            self.config(correction_rank=2, corrected_layers=layers)
+
+    def test_layers_need_a_rank(self):
+        with pytest.raises(ValueError, match=re.escape("corrected_layers: [1] have no correction")):
+            self.config(corrected_layers=[1])
+        config = self.config(correction_rank=2, corrected_layers=[1])
+        with pytest.raises(ValueError, match="integer from 1 to 32"):
+            config.correction_rank = 0
+        assert config.correction_rank == 2
+
+    def test_saved_and_read_again(self, tmp_path):
+        self.config(correction_rank=2, corrected_layers=[3, 1]).save_pretrained(tmp_path)
+        read = ShortVLlavaConfig.from_pretrained(tmp_path)
+        assert (read.correction_rank, read.corrected_layers) == (2, [3, 1])
+        extended = ShortVLlavaConfig.from_pretrained(tmp_path, correction_rank=4, corrected_layers=[0])
+        assert (extended.correction_rank, extended.corrected_layers) == (4, [0])
+
+    def test_a_model_without_says_nothing_of_it(self, tmp_path):
+        self.config().save_pretrained(tmp_path)
+        assert not any("correct" in key for key in json.loads((tmp_path / "config.json").read_text()))
+        assert self.config().correction_rank == 0
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"], ids=["one file", "sharded"])
+@torch.no_grad()
+def test_saved_and_loaded(family, max_shard_size, tmp_path):
+    ours = copy.deepcopy(CORRECTED_PAIR(family)[1])
+    ours.set_replaced_layers([3, 1])
+    ours.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    tensors = {}
+    for path in tmp_path.glob("*.safetensors"):
+        tensors |= load_file(path)
+    layer = "language_model.model.layers.2"
+    assert {name for name in tensors if name.startswith(f"{layer}.correction")} == {
+        f"{layer}.correction.down.weight",
+        f"{layer}.correction.up.weight",
+        f"{layer}.correction.up.bias",
+    }
+    again = load_model(tmp_path, dtype=torch.float64)
+    inputs = tiny.batch(ours, family, LAYOUTS["one image each"])
+    torch.testing.assert_close(again(**inputs).logits, ours(**inputs).logits, **tiny.CLOSE)
+
+    if max_shard_size == "1GB":
+        del tensors[f"{layer}.correction.up.bias"]
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ShortVError, match="1 missing keys in the weights, such as .*2.correction.up.bias"):
+            load_model(tmp_path, dtype=torch.float64)
+
+
+def test_lora_on_corrections_and_beside_them():
+    ours = copy.deepcopy(CORRECTED_PAIR()[1])
+    ours.set_replaced_layers([3, 2, 1])
+    inputs = inputs_of(ours)
+    expected = ours(**inputs).logits
+    targets = r".*language_model.*(q_proj|correction\.up)"
+    model = get_peft_model(ours, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    adapted = model(**inputs).logits
+    assert not torch.allclose(adapted, expected)
+    adapted.square().sum().backward()
+    trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    corrections = {name: gradient for name, gradient in trained.items() if "correction" in name}
+    acting = {name for name, gradient in corrections.items() if gradient is not None and gradient.abs().sum() > 0}
+    assert {re.search(r"layers\.(\d)", name)[1] for name in acting} == {"1", "2", "3"}
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, adapted, **tiny.CLOSE)
+
+
+class Counted(TorchDispatchMode):
+    """Operations that start a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in ("view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "slice", "detach", "alias"):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("blocks", [{"layers": (1,)}, {"ffn": (1,)}], ids=["layer", "ffn"])
+@torch.no_grad()
+def test_a_correction_starts_at_most_five_operations(blocks):
+    numbers = []
+    for _, model in (PLAIN_PAIR(), CORRECTED_PAIR()):
+        tiny.freeze(model, **blocks)
+        inputs = inputs_of(model)
+        with Counted() as counted:
+            model(**inputs)
+        numbers.append(len(counted.names))
+    assert 0 < numbers[1] - numbers[0] <= 5
+
+
+class LinearBlock(torch.nn.Module):
+    """In place of an FFN: linear, and nearly of low rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.down, self.up = torch.nn.Linear(32, rank), torch.nn.Linear(rank, 32)
+
+    def forward(self, states):
+        return self.up(self.down(states))
+
+
+def linear_model(rank: int):
+    """A model whose layers' updates are linear functions of the normed states of their input."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(PLAIN_PAIR()[1])
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp = LinearBlock(rank).double()
+    return model
+
+
+def many(model):
+    layouts = [["ttIttt", "IttIt"], ["tIttt"], ["IItt", "tIt"]]
+    return [tiny.batch(model, "llava", layout, seed=seed) for seed, layout in enumerate(layouts * 2)]
+
+
+class TestFit:
+    @pytest.mark.parametrize("blocks", [{"layers": (3, 1, 0, 2)}, {"layers": (2,), "ffn": (0, 1), "attention": (3,)}])
+    @pytest.mark.parametrize("rank, alone", [(32, False), (5, False), (5, True)])
+    @torch.no_grad()
+    def test_linear_layers_are_reproduced_exactly(self, rank, alone, blocks):
+        model = linear_model(rank)
+        inputs = many(model)
+        assert sum(int((each["input_ids"] == tiny.IMAGE_TOKEN).sum()) for each in inputs) > 33  # unknowns of an output
+        tiny.freeze(model, **blocks)
+        samples = [FitSample(model, each, keep=True) for each in inputs]
+        corrections = fit_corrections(model, samples, rank, alone, ridge=0)
+        assert sorted(corrections) == [0, 1, 2]  # nobody reads what leaves the last layer
+        again = fit_corrections(model, samples, rank, alone, ridge=0)  # on the states that were kept
+        for layer, factors in corrections.items():
+            torch.testing.assert_close(again[layer].up @ again[layer].down, factors.up @ factors.down)
+        set_corrections(model, corrections)
+        assert (model.config.correction_rank, model.config.corrected_layers) == (rank, [0, 1, 2])
+        unseen = tiny.batch(model, "llava", LAYOUTS["0, 1 and 2 images"], "right", seed=9)
+        text = (unseen["attention_mask"] == 1) & (unseen["input_ids"] != tiny.IMAGE_TOKEN)
+        actual = model(**unseen).logits[text]
+        model.set_replaced_layers()
+        torch.testing.assert_close(actual, model(**unseen).logits[text], atol=1e-7, rtol=0)
