@@ -232,11 +232,12 @@ class ShortVDecoderLayer:
 
 
 class ShortVGraniteDecoderLayer(ShortVDecoderLayer):
-    """Granite's layers scale their updates; in transformers 4 they return a tuple."""
+    """Granite's layers scale their updates; in older versions of transformers they return a tuple."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         output = super().forward(*args, **kwargs)
-        return (output,) if conversion_mapping is None and isinstance(output, torch.Tensor) else output
+        in_tuple = "output_attentions" in granite.GraniteDecoderLayer.forward.__annotations__
+        return (output,) if in_tuple and isinstance(output, torch.Tensor) else output
 
     def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         return states + update * self.residual_multiplier

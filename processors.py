@@ -208,6 +208,8 @@ def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
     settings.pop("auto_map", None)  # code of the base model's, which nobody asked for
     if family in TOKENIZERS_TAKEN_AS_THEY_STAND and (folder / "tokenizer.json").is_file():
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if settings.get("tokenizer_class") == "PreTrainedTokenizerFast":  # gives token types else, which LLaVA refuses
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
 
 def _processor_settings(settings: dict, config, folder: Path, notes: list[str]) -> None:
