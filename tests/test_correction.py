@@ -34,6 +34,7 @@ from test_modeling import (  # noqa: F401
     test_text_alone_is_the_stock_model_to_the_bit,
     test_turns_with_a_kept_cache_and_a_new_image,
 )
+from test_placement import test_tensor_parallel_processes, test_two_devices_pretended  # noqa: F401
 from test_training import (  # noqa: F401
     test_gradient_checkpointing_changes_no_gradient,
     test_gradients_equal_the_hooked_models,
