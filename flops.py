@@ -74,7 +74,8 @@ def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Non
     if visual_tokens is None:
         visual_tokens = image_tokens(config)
     counts = config.text_config, text_tokens, visual_tokens
-    correction = config.corrected_layers, config.correction_rank
+    # A package from before corrections brings a configuration class that knows none.
+    correction = getattr(config, "corrected_layers", ()), getattr(config, "correction_rank", 0)
     return prefill_flops(*counts, *config.frozen_layers(), *correction) / prefill_flops(*counts)
 
 

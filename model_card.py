@@ -46,6 +46,8 @@ NOTICES = {  # what a licence wants every copy to say
 }
 STRATEGIES = {
     "lc": "by their Layer Contribution, lowest first",
+    "corrected-lc": "by their Layer Contribution with a correction of the layer alone, lowest first",
+    "given": "by hand",
     "greedy": "greedily, each time what adds the least divergence from the base model to what is frozen already",
     "cosine": "by how little they turn the visual tokens' states (cosine similarity), least first",
     "random": "at random",
@@ -280,10 +282,16 @@ def _intro(config, name: str, data: ModelCardData) -> str:
     title = f"# {name.split('/')[-1]}\n\n"
     if not frozen:
         return f"{title}{base} packaged for [ShortV]({PAPER}), with no layer replaced: it answers as its base does."
+    changed = "No weight is changed and nothing is trained."
+    if config.correction_rank:
+        changed = (
+            f"In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
+            "that update; it is fitted in closed form, and no weight of the base is changed."
+        )
     return (
         f"{title}{base}, made faster with [ShortV]({PAPER}): in {frozen} of the language model, visual tokens are "
         "frozen. There they are only read, as keys and values, and their own update, which hardly changes the answer, "
-        "is not computed. No weight is changed and nothing is trained. A prompt of "
+        f"is not computed. {changed} A prompt of "
         f"{TEXT_TOKENS} text tokens and one picture ({image_tokens(config)} visual tokens) takes {ratio:.0%} of the "
         f"base model's prefill FLOPs, so its first token can come up to {1 / ratio:.2f} times sooner."
     )
@@ -339,6 +347,11 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
     ):
         if layers:
             parts.append(f"{title} (ids from 0): {', '.join(map(str, layers))}.")
+    if config.correction_rank:
+        parts.append(
+            f"Layers with a correction, rank {config.correction_rank}: {', '.join(map(str, config.corrected_layers))}. "
+            "It was fitted for the layers above frozen together, and rests in layers that are not replaced."
+        )
     published = _published(config)
     if config.calibration:
         strategy = config.calibration.get("choice", {}).get("strategy", "lc")
@@ -377,12 +390,13 @@ def _settings(calibration: dict) -> str:
         "release": "KL(variant || model), as in the authors' release; the paper's formula has the reverse",
         "paper": "KL(model || variant), as in the paper; the authors' release has the reverse",
     }
-    flat = {key: value for key, value in calibration.items() if key not in ("base", "cost", "flops_ratio", "choice")}
+    elsewhere = "base", "cost", "cost_without_correction", "flops_ratio", "choice"
+    flat = {key: value for key, value in calibration.items() if key not in elsewhere}
     lines = []
     for key, value in (flat | calibration.get("choice", {})).items():
         if key == "data":
             value = ", ".join(DATASETS.get(source, Path(source).name) for source in _listed(value))
-        elif key == "samples" and isinstance(value, list):
+        elif key in ("samples", "correction_samples") and isinstance(value, list):
             value = len(value)
         elif key == "direction":
             value = directions.get(value, value)
@@ -396,7 +410,8 @@ def _settings(calibration: dict) -> str:
 def _cost(folder: Path, config, data: ModelCardData) -> str:
     visual_tokens = image_tokens(config)
     counts = config.text_config, TEXT_TOKENS, visual_tokens
-    dense, shortv = prefill_flops(*counts), prefill_flops(*counts, *config.frozen_layers())
+    correction = config.corrected_layers, config.correction_rank
+    dense, shortv = prefill_flops(*counts), prefill_flops(*counts, *config.frozen_layers(), *correction)
     rows = [(f"{dense / 1e12:#.3g}", f"{shortv / 1e12:#.3g}", f"{shortv / dense:.1%}", f"{dense / shortv:.2f}x")]
     header = ("TFLOPs, base model", "TFLOPs, this model", "ratio", "bound of the speed-up")
     parts = [
@@ -423,20 +438,28 @@ def _measured(path: Path, around: int = 2) -> list[str]:
         found = json.loads(path.read_text(encoding="utf-8"))
         curve = found["curves"][found["granularity"]]
         chosen = [entry["flops_ratio"] for entry in curve].index(found["flops_ratio"])
+        corrected = any("corrected_cost" in entry for entry in curve)
         rows = []
         for number, entry in enumerate(curve[max(0, chosen - around) : chosen + around + 1], max(0, chosen - around)):
-            cost, mark = entry["cost"], "**" if number == chosen else ""
-            change = "" if cost["nll_change"] is None else f"{cost['nll_change']:+.4f}"
-            cells = (entry["number"], f"{entry['flops_ratio']:.1%}", f"{cost['kl']:.2e} ± {cost['kl_interval']:.0e}",
-                     f"{cost['agreement']:.0%}", change)  # fmt: skip
+            cells, mark = [entry["number"], f"{entry['flops_ratio']:.1%}"], "**" if number == chosen else ""
+            for cost in [entry["cost"], entry.get("corrected_cost")][: 1 + corrected]:
+                cells += _cost_cells(cost)
             rows.append([f"{mark}{cell}{mark}" if cell != "" else "" for cell in cells])
         held_out = len(found["held_out"])
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShortVError(f"{path}: no calibration wrote it so ({error!r}); calibrate again or remove it") from error
-    header = (f"frozen {found['granularity']}s", "FLOPs", "KL ± 95%", "same first token", "change of the answer's NLL")
+    names = "KL ± 95%", "same first token", "change of the answer's NLL"
+    header = f"frozen {found['granularity']}s", "FLOPs", *names, *[f"corrected: {name}" for name in names] * corrected
     return [f"Measured against the base model on {held_out} samples not used for choosing:", _table(header, rows)]
+
+
+def _cost_cells(cost: dict | None) -> tuple[str, str, str]:
+    if cost is None:
+        return "", "", ""
+    change = "" if cost["nll_change"] is None else f"{cost['nll_change']:+.4f}"
+    return f"{cost['kl']:.2e} ± {cost['kl_interval']:.0e}", f"{cost['agreement']:.0%}", change
 
 
 def _evaluation(data: ModelCardData) -> str:

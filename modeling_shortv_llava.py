@@ -234,10 +234,11 @@ class ShortVDecoderLayer:
 class ShortVGraniteDecoderLayer(ShortVDecoderLayer):
     """Granite's layers scale their updates; in older versions of transformers they return a tuple."""
 
+    in_tuple = "output_attentions" in granite.GraniteDecoderLayer.forward.__annotations__
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         output = super().forward(*args, **kwargs)
-        in_tuple = "output_attentions" in granite.GraniteDecoderLayer.forward.__annotations__
-        return (output,) if in_tuple and isinstance(output, torch.Tensor) else output
+        return (output,) if self.in_tuple and isinstance(output, torch.Tensor) else output
 
     def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         return states + update * self.residual_multiplier

@@ -180,6 +180,7 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _load(folder: Path):
     from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
 
     from shortv_llava import CONFIG_CLASSES
 
@@ -190,6 +191,8 @@ def _load(folder: Path):
     except ImportError:
         raise
     except Exception as error:  # broken files fail in ways that differ by version
+        if (folder / "video_preprocessor_config.json").is_file() and not is_torchvision_available():
+            raise ImportError("it needs torchvision: pip install torchvision") from error  # so only said by some
         raise ShortVError(f"its processor cannot be loaded ({_first_line(error)})") from error
 
 

@@ -66,8 +66,17 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
-    """(stock, ours): LLaVA-1.5 with random weights. The vision tower is CLIP-L for published shapes, else one layer."""
+def make_pair(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    correction_rank: int = 0,
+):
+    """(stock, ours): LLaVA-1.5 with random weights. The vision tower is CLIP-L for published shapes, else one layer.
+
+    With a `correction_rank`, ours has corrections of all layers but the last, as calibration fits them.
+    """
     text = LlamaConfig(
         vocab_size=32064 if shape.published else 1000,
         hidden_size=shape.width,
@@ -84,6 +93,9 @@ def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.floa
     config = ShortVLlavaConfig(
         text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, attn_implementation=attention
     )
+    if correction_rank:
+        config.correction_rank = correction_rank
+        config.corrected_layers = list(range(shape.num_layers - 1))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -92,7 +104,8 @@ def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.floa
             stock = LlavaForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
-    stock.load_state_dict(ours.state_dict(), assign=True)
+    shared = {name: tensor for name, tensor in ours.state_dict().items() if ".correction." not in name}
+    stock.load_state_dict(shared, assign=True)
     return stock, ours
 
 

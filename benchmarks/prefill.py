@@ -140,6 +140,7 @@ def main(
     fused_norms: Annotated[
         bool, typer.Option("--fused-norms", help="Norms of both models as one kernel each, as with `use_kernels=True`.")
     ] = False,
+    correction_rank: Annotated[int, typer.Option(min=0, help="Of corrections of the frozen tokens; 0 for none.")] = 0,
     pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
 ) -> None:
@@ -171,7 +172,7 @@ def main(
     for name in names:
         for implementation in attention.split(","):
             try:
-                stock, ours = make_pair(shapes[name], device, dtype, implementation)
+                stock, ours = make_pair(shapes[name], device, dtype, implementation, correction_rank)
             except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
                 raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
             if fused_norms:
@@ -180,11 +181,16 @@ def main(
             for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 title += ", CUDA graphs" * captured + ", fused norms" * fused_norms
+                title += f", corrections of rank {correction_rank}" * (correction_rank > 0)
                 group = []
                 for label, frozen in tqdm(variants(name, shapes[name], numbers).items(), desc=title, leave=False):
                     found = measure(stock, ours, shapes[name], frozen, text_tokens, size, pairs, captured)
                     labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
-                    group.append(labels | {"cuda_graphs": captured, "fused_norms": fused_norms} | found)
+                    group.append(
+                        labels
+                        | {"cuda_graphs": captured, "fused_norms": fused_norms, "correction_rank": correction_rank}
+                        | found
+                    )
                     if output is not None:  # after every line: a later one may run out of memory
                         write_json(output / "prefill.json", rows + group)
                 console.print(table(title, group))

@@ -184,7 +184,7 @@ def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
         kwargs.pop("frozen_tokens", None)
         states.append(hidden_states)
         calls.append(kwargs)
-        return hidden_states
+        return (hidden_states,) if getattr(layers[0], "in_tuple", False) else hidden_states
 
     before = [vars(layer).get("forward") for layer in layers]
     try:
@@ -215,7 +215,8 @@ def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention
                 chosen = (layer_id if block in blocks else frozenset() for block in ("attention", "ffn"))
                 tokens = FrozenTokens(frozen[rows.to(frozen.device)].to(stack.device), *chosen)
                 call = call | {"frozen_tokens": tokens}
-            outputs.append(layer(stack[start : start + len(rows)], **_of_rows(call, rows, batch)))
+            output = layer(stack[start : start + len(rows)], **_of_rows(call, rows, batch))
+            outputs.append(output[0] if isinstance(output, tuple) else output)
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or len(rows) == 1:
                 raise

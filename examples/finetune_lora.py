@@ -1,5 +1,8 @@
 """Accuracy that frozen visual tokens cost, won back by LoRA: `python -m shortv_llava.examples.finetune_lora`.
 
+With `--only corrections` no weight of the model is trained: linear maps of the same rank stand in for the frozen
+updates, first fitted in closed form, then trained.
+
 The embedded checkpoint is fine-tuned with visual tokens frozen in 80 percent of its layers, in those that matter most,
 on questions about pictures drawn as those it was trained on. For a checkpoint and data of your own, replace
 `Conversations`: any batch with `labels` will do.
@@ -14,6 +17,7 @@ from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 
 from shortv_llava.calibrate import layer_contribution
+from shortv_llava.calibrate.correction import FitSample, fit_corrections, set_corrections
 from shortv_llava.calibrate.samples import draw, embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT, shapes
@@ -35,33 +39,43 @@ def with_lora(model, rank: int):
     return get_peft_model(model, config).train()
 
 
-def finetune(model, processor, steps: int, rank: int, lr: float):
-    """The model with trained LoRA weights merged in."""
-    model = with_lora(model, rank)
-    model.print_trainable_parameters()
+def with_corrections(model, processor, rank: int):
+    """The model with corrections fitted on the embedded pictures, for training of nothing but these."""
+    samples = [FitSample(model, make_inputs(processor, [sample])) for sample in embedded_samples()]
+    set_corrections(model, fit_corrections(model, samples, rank))
+    model.requires_grad_(False)
+    for layer in model.config.corrected_layers:
+        model.model.language_model.layers[layer].correction.requires_grad_(True)
+    return model.train()
+
+
+def train(model, processor, steps: int, lr: float) -> None:
+    """Train what a model has to train, on pictures drawn as those that it was trained on."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     data = Conversations(processor, model.config.image_seq_length)
-    for step in (bar := trange(steps, desc="LoRA", mininterval=5)):
+    for step in (bar := trange(steps, desc="training", mininterval=5)):
         loss = model(**data.batch(f"lora/{step}")).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.merge_and_unload().eval()
 
 
 def main(
     fraction: Annotated[float, typer.Option(help="Of the layers to replace.")] = 0.8,
     steps: Annotated[int, typer.Option(help="Of training, 20 pictures with 12 questions each.")] = 100,
-    rank: Annotated[int, typer.Option(help="Of the LoRA matrices.")] = 16,
+    rank: Annotated[int, typer.Option(help="Of the LoRA matrices, or of the corrections.")] = 16,
+    only: Annotated[str | None, typer.Option(help="`corrections`: train these in place of LoRA.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     questions: Annotated[int, typer.Option(help="Held-out questions with a short answer.")] = 500,
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 100,
     seed: int = 0,
 ) -> None:
     """Print accuracy before and after, and the dense model's."""
+    if only not in (None, "corrections"):
+        raise typer.BadParameter("is corrections, or left out", param_hint="--only")
     torch.manual_seed(seed)
     model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
     asked = shapes.held_out(questions)
@@ -76,8 +90,17 @@ def main(
     model.set_replaced_layers(layers)
     print(f"replaced layers: {layers}")
     report("ShortV")
-    model = finetune(model, processor, steps, rank, lr)
-    report("ShortV, after LoRA")
+    if only == "corrections":
+        model = with_corrections(model, processor, rank)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        print(f"trainable params: {trained:,}")
+        report("corrected, fitted")
+    else:
+        model = with_lora(model, rank)
+        model.print_trainable_parameters()
+    train(model, processor, steps, lr)
+    model = (model if only else model.merge_and_unload()).eval()
+    report("corrected, trained" if only else "ShortV, after LoRA")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.sequence import IntermediateTensors
 
+from shortv_llava.modeling_shortv_llava import Correction
 from shortv_llava.serving.attention import partial_query_backend, partial_query_context
 
 logger = init_logger("vllm.shortv")  # vLLM shows what is logged below its own name
@@ -122,13 +123,17 @@ class Step:
             return Stream(*layer(self.positions, *self.join(states)))
         if frozen_attention:
             text, visual = self.split(states)
-            self.contribute(layer, visual)
+            normed = layer.input_layernorm(visual)
+            self.contribute(layer, normed)
             if self.has_text:
                 text = self.attend(layer, text, self.text_positions)
         else:
             text, visual = self.split(self.attend(layer, self.join(states), self.positions))
+        correction = getattr(layer, "correction", None)
         if not frozen_ffn:
             visual = visual + layer.mlp(layer.post_attention_layernorm(visual))
+        elif correction is not None:
+            visual = visual + correction(normed if frozen_attention else layer.post_attention_layernorm(visual))
         if self.has_text:
             normed, residual = text.normed(layer.post_attention_layernorm)
             text = Stream(layer.mlp(normed), residual)
@@ -138,10 +143,10 @@ class Step:
         normed, residual = states.normed(layer.input_layernorm)
         return Stream(layer.self_attn(positions=positions, hidden_states=normed), residual)
 
-    def contribute(self, layer: nn.Module, visual: torch.Tensor) -> None:
-        """Write the visual tokens' keys and values to the cache, made from their unchanged states (V, h)."""
+    def contribute(self, layer: nn.Module, normed: torch.Tensor) -> None:
+        """Write the visual tokens' keys and values to the cache, made from their normed states (V, h)."""
         attention = layer.self_attn
-        key, value = attention.kv_proj(layer.input_layernorm(visual)).chunk(2, dim=-1)
+        key, value = attention.kv_proj(normed).chunk(2, dim=-1)
         key, _ = attention.rotary_emb(self.visual_positions, key, None)
         cache = attention.attn
         shape = -1, cache.num_kv_heads, cache.head_size
@@ -160,7 +165,9 @@ class ShortVMixin:
         self.attention_layers = []  # names, of this pipeline stage
         model = self.language_model.model
         for index in range(model.start_layer, model.end_layer):
-            attention = model.layers[index].self_attn
+            layer, attention = model.layers[index], model.layers[index].self_attn
+            if index in self.config.corrected_layers:
+                layer.correction = Correction(self.config.text_config.hidden_size, self.config.correction_rank)
             if index in self.frozen_attention | self.frozen_ffn:
                 attention.attn.attn_backend = partial_query_backend(attention.attn.attn_backend)
             if index in self.frozen_attention:

@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import re
+import shutil
 
 import pytest
 import test_habits
@@ -33,17 +34,42 @@ from test_modeling import (  # noqa: F401
     test_text_alone_is_the_stock_model_to_the_bit,
     test_turns_with_a_kept_cache_and_a_new_image,
 )
+from test_placement import test_tensor_parallel_processes, test_two_devices_pretended  # noqa: F401
 from test_training import (  # noqa: F401
     test_gradient_checkpointing_changes_no_gradient,
     test_gradients_equal_the_hooked_models,
     test_trainer_trains_saves_and_resumes,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageTextToText
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
-from shortv_llava.calibrate.correction import FitSample, fit_corrections, set_corrections
+from shortv_llava.calibrate.contribution import contributions
+from shortv_llava.calibrate.correction import (
+    Factors,
+    FitSample,
+    Regression,
+    correction_tensors,
+    fit_corrections,
+    packed,
+    set_corrections,
+    unpacked,
+)
+from shortv_llava.calibrate.run import Choice, calibrate
+from shortv_llava.calibrate.samples import embedded_samples, make_inputs
+from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load_model
+from shortv_llava.flops import flops_ratio, image_tokens, prefill_flops
+from shortv_llava.package import (
+    SHARD,
+    config_object,
+    load_model,
+    load_processor,
+    put_corrections,
+    read_config,
+    write_package,
+)
+from shortv_llava.push_to_hub import check_package
 
 RANK = 3
 PLAIN_PAIR = tiny.pair
@@ -263,3 +289,175 @@ class TestFit:
         actual = model(**unseen).logits[text]
         model.set_replaced_layers()
         torch.testing.assert_close(actual, model(**unseen).logits[text], atol=1e-7, rtol=0)
+
+    @torch.no_grad()
+    def test_each_layer_repairs_what_those_before_left(self):
+        """Fitted alone, a layer knows nothing of the others' errors."""
+        model = copy.deepcopy(PLAIN_PAIR()[1])
+        samples = [FitSample(model, each) for each in many(model)]
+        unseen = tiny.batch(model, "llava", ["ttIttt", "tIt"], seed=5)
+        text = (unseen["attention_mask"] == 1) & (unseen["input_ids"] != tiny.IMAGE_TOKEN)
+        dense = model(**unseen).logits[text]
+        model.set_replaced_layers([0, 1, 2])
+        distances = [tiny.root_mean_square(model(**unseen).logits[text] - dense)]
+        for alone in (True, False):
+            set_corrections(model, fit_corrections(model, samples, 8, alone))
+            distances.append(tiny.root_mean_square(model(**unseen).logits[text] - dense))
+        set_corrections(model, {})
+        assert "correction_rank" not in model.config.to_dict()
+        assert distances[2] < distances[0], distances
+
+    def test_of_samples_without_picture(self):
+        model = copy.deepcopy(PLAIN_PAIR()[1])
+        model.set_replaced_layers([1])
+        sample = FitSample(model, tiny.batch(model, "llava", ["tttt"]))
+        with pytest.raises(ValueError, match="corrections need samples with visual tokens"):
+            fit_corrections(model, [sample], 2)
+
+    def test_journal(self):
+        factors = Factors(torch.randn(2, 5), torch.randn(5, 2), torch.randn(5))
+        again = unpacked(json.loads(json.dumps(packed(factors))))
+        assert all(torch.equal(one, other) for one, other in zip(factors, again))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@torch.no_grad()
+def test_scores_of_corrected_layers_equal_the_hooked_model(granularity):
+    stock, ours = CORRECTED_PAIR("llava", "llama", 2)
+    ours.set_replaced_layers([1])  # must not matter
+    inputs = tiny.batch(stock, "llava", ["ttIttt", "tIttItttt"])
+    last = inputs["attention_mask"].shape[1] - 1
+    original = stock(**inputs).logits[:, last].log_softmax(-1)
+    layers = range(tiny.LAYERS)
+    kinds = ["layers"] if granularity == "layer" else ["attention", "ffn"]
+    expected = []
+    for kind in kinds:
+        for layer in layers:
+            with tiny.frozen(stock, inputs["input_ids"] == tiny.IMAGE_TOKEN, **{kind: [layer]}):
+                variant = stock(**inputs).logits[:, last].log_softmax(-1)
+            expected.append((variant.exp() * (variant - original)).sum(-1))
+    corrections = {layer: ours.model.language_model.layers[layer].correction for layer in layers}
+    actual = contributions(ours, inputs, granularity=granularity, corrections=corrections)
+    torch.testing.assert_close(actual[1], torch.stack(expected, 1), **tiny.CLOSE)
+    plain = contributions(PLAIN_PAIR("llava", "llama", 2)[1], inputs, granularity=granularity)
+    torch.testing.assert_close(actual[0], plain[0], **tiny.CLOSE)
+
+
+LAYERS = [0, 3, 6]
+
+
+@pytest.fixture(scope="module")
+def factors():
+    model = load_model(CHECKPOINT, dtype=torch.float32)
+    model.set_replaced_layers(LAYERS)
+    inputs = make_inputs(load_processor(CHECKPOINT), embedded_samples()[:12])
+    return fit_corrections(model, [FitSample(model, inputs)], 8)
+
+
+@pytest.fixture(scope="module")
+def package(factors, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corrected") / "package"
+    settings = {"correction_rank": 8, "corrected_layers": list(factors)}
+    tensors = correction_tensors(factors, torch.float32)
+    write_package(CHECKPOINT, folder, replaced_layers=LAYERS, corrections=tensors, **settings)
+    return folder
+
+
+class TestPackage:
+    def test_the_bases_file_is_left_as_it_is(self, package):
+        names = {path.name for path in package.glob("*.safetensors*")}
+        assert names == {SHARD, "correction.safetensors", "model.safetensors.index.json"}
+        assert (package / SHARD).samefile(CHECKPOINT / "model.safetensors")
+        assert len(load_file(package / "correction.safetensors")) == 3 * len(LAYERS)
+
+    @torch.no_grad()
+    def test_loaded_by_transformers_alone(self, package, factors):
+        model = load_model(CHECKPOINT, dtype=torch.float32)
+        inputs = make_inputs(load_processor(CHECKPOINT), embedded_samples()[:2])
+        dense = model(**inputs).logits[:, -1]
+        model.set_replaced_layers(LAYERS)
+        plain = model(**inputs).logits[:, -1]
+        set_corrections(model, factors)
+        expected = model(**inputs).logits[:, -1]
+        theirs = AutoModelForImageTextToText.from_pretrained(package, trust_remote_code=True, dtype=torch.float32)
+        torch.testing.assert_close(theirs(**inputs).logits[:, -1], expected, atol=1e-4, rtol=0)
+        assert tiny.root_mean_square(expected - dense) < 0.5 * tiny.root_mean_square(plain - dense)
+
+    def test_packed_again(self, package, tmp_path):
+        write_package(package, tmp_path / "other", replaced_layers=[5])  # the corrections rest
+        assert load_model(tmp_path / "other").config.corrected_layers == LAYERS
+        write_package(package, tmp_path / "without", replaced_layers=[5], corrections={})
+        model = load_model(tmp_path / "without")
+        assert model.config.correction_rank == 0
+        assert not (tmp_path / "without" / "correction.safetensors").exists()
+        config = json.loads((tmp_path / "without" / "config.json").read_text())
+        write_package(CHECKPOINT, tmp_path / "plain", replaced_layers=[5])
+        assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
+
+    def test_the_card_tells(self, package):
+        card = (package / "README.md").read_text()
+        assert "In 3 layers a linear map of rank 8 stands in for that update" in card
+        assert "Layers with a correction, rank 8: 0, 3, 6." in card
+        config = config_object(read_config(package))
+        plain = config_object(read_config(package) | {"correction_rank": 0, "corrected_layers": []})
+        visual = image_tokens(config)
+        added = 4 * visual * config.text_config.hidden_size * 8 * 3
+        dense = prefill_flops(config.text_config, 64, visual)
+        assert flops_ratio(config) - flops_ratio(plain) == pytest.approx(added / dense)
+
+    def test_checked_as_others_before_a_push(self, package, tmp_path):
+        assert check_package(package)["corrected_layers"] == LAYERS
+        broken = shutil.copytree(package, tmp_path / "broken")
+        tensors = load_file(broken / "correction.safetensors")
+        tensors.popitem()
+        save_file(tensors, broken / "correction.safetensors", {"format": "pt"})
+        with pytest.raises(ShortVError, match="correction"):
+            check_package(broken)
+
+    def test_bin_weights_are_refused(self, tmp_path):
+        (tmp_path / "pytorch_model.bin").touch()
+        with pytest.raises(ShortVError, match="convert those first"):
+            put_corrections(tmp_path, {"a": torch.zeros(1)})
+
+    def test_bitsandbytes_leaves_them_alone(self, package):
+        pytest.importorskip("bitsandbytes")
+        model = load_model(package, load_in_4bit=True, device_map="cpu", dtype=torch.float32)
+        layer = model.model.language_model.layers[3]
+        assert type(layer.correction.down) is type(layer.correction.up) is torch.nn.Linear
+        assert type(layer.mlp.up_proj) is not torch.nn.Linear
+
+
+@pytest.mark.slow
+def test_calibrate_given_layers_and_continue(tmp_path, monkeypatch):
+    samples = embedded_samples()
+    model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
+    choice = Choice(correction_rank=16, layers=tuple(LAYERS))
+
+    def run(output):
+        return calibrate(CHECKPOINT, model, processor, [], samples[:4], output, choice, fit_on=samples[20:32])
+
+    result = run(tmp_path / "whole")
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "- correction samples: 12" in card and "corrected: KL ± 95%" in card
+    assert result.cost.kl < result.chosen["cost"].kl  # the same layers without correction
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["replaced_layers"], config["correction_rank"], config["corrected_layers"]) == (LAYERS, 16, LAYERS)
+    assert len(config["calibration"]["correction_samples"]) == 12
+
+    fits = []
+    solve = Regression.solve
+
+    def interrupted(self, *args):
+        if len(fits) == 1:
+            raise KeyboardInterrupt
+        fits.append(1)
+        return solve(self, *args)
+
+    monkeypatch.setattr(Regression, "solve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(Regression, "solve", lambda self, *args: fits.append(2) or solve(self, *args))
+    run(tmp_path / "cut")
+    assert fits == [1, 2, 2]
+    for name in ("config.json", "correction.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -20,7 +20,7 @@ from shortv_llava import push_to_hub
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import fetch_checkpoint, find_checkpoint, load_model, write_package
+from shortv_llava.package import SHARD, fetch_checkpoint, find_checkpoint, load_model, write_package
 from shortv_llava.push_to_hub import push
 
 BASE, REPO = "org/base", "alice/shapes-shortv"
@@ -253,6 +253,21 @@ def test_sharded_weights(hub, bare, tmp_path):
     push(tmp_path / "full", REPO, weights_from=BASE)  # a whole package too: its weights are the base's
     assert not any(name.endswith(".safetensors") for _, name in hub.served) and hub.received_bytes == 0
     assert remote(hub) == contents(tmp_path / "full")
+
+
+@copies
+def test_corrections_go_up_and_the_bases_single_file_is_copied(hub, tmp_path):
+    parts = {"down.weight": torch.zeros(2, 192), "up.weight": torch.zeros(192, 2), "up.bias": torch.zeros(192)}
+    tensors = {f"language_model.model.layers.0.correction.{name}": part for name, part in parts.items()}
+    settings = {"replaced_layers": LAYERS, "correction_rank": 2, "corrected_layers": [0]}
+    write_package(find_checkpoint(BASE), tmp_path / "corrected", corrections=tensors, **settings)
+    hub.served.clear()
+    pushed = push(tmp_path / "corrected", REPO, weights_from=BASE)
+    assert [change.path for change in pushed.changes if change.action == "copy"] == [SHARD]
+    assert not any(name.endswith(".safetensors") for _, name in hub.served)
+    assert hub.received_bytes == (tmp_path / "corrected" / "correction.safetensors").stat().st_size
+    assert remote(hub) == contents(tmp_path / "corrected")
+    assert push(tmp_path / "corrected", REPO, weights_from=BASE).changes == []
 
 
 @copies

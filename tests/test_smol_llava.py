@@ -194,6 +194,7 @@ def rows_of(printed: str) -> list[dict[str, str]]:
 
 def test_tables(built, tmp_path, monkeypatch, capsys):
     sizes = {"MANY": (3, 2), "FEW": (1, 2), "NUMBERS": (1, 2), "RATIOS": (0.8,), "SEEDS": 2, "TABLE7_LAYERS": 1}
+    sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(evidence, name, size)
 
@@ -207,6 +208,8 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
             "tokens": (),
             "calibration": (),
             "ingredients": ([1, 4],),
+            "corrections": (["LC", "corrected LC"], [1, 2, 3], [0, 4, 99]),
+            "fits": (2, 4),
         }
         for name, args in asked.items():
             getattr(found, name)(*args)
@@ -224,6 +227,16 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
     assert all(row["KL"] == "0.000" for row in first["layers"] if (row["N"], row["layers"]) == ("1", "LC"))  # the last
     assert len(first["blocks"]) == 4 and all(float(row["FLOPs ratio"]) <= 0.8 for row in first["blocks"])
     assert {row["samples"] for row in first["calibration"]} == {"3", "6"}
+    corrected = first["corrections"]
+    assert [(row["N"], row["rank"]) for row in corrected[:5]] == [
+        ("1", "0"),
+        ("1", "4"),
+        ("1", "32"),
+        ("2", "0"),
+        ("2", "4"),
+    ]
+    assert len(corrected) == 18 and all(row["KL"] == "0.000" for row in corrected if row["N"] == "1")  # the last layer
+    assert [row["fitted on"] for row in first["fits"]][:3] == ["none", "these layers", "each layer alone"]
 
     def again(*args, **kwargs):
         raise AssertionError("scores are kept")

@@ -234,3 +234,8 @@ def test_lora_recipe_runs(capsys):
     finetune_lora.main(steps=2, questions=5, captions=2)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:24].strip() for line in lines if "captions" in line] == ["dense", "ShortV", "ShortV, after LoRA"]
+    finetune_lora.main(steps=2, questions=5, captions=2, only="corrections")
+    lines = capsys.readouterr().out.splitlines()
+    names = ["dense", "ShortV", "corrected, fitted", "corrected, trained"]
+    assert [line[:24].strip() for line in lines if "captions" in line] == names
+    assert "trainable params: " in "".join(lines)

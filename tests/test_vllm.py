@@ -31,10 +31,11 @@ from tiny import CLASSES, config_dict, next_model
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from shortv_llava.calibrate.correction import Factors, correction_tensors
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load_model, write_package
+from shortv_llava.package import load_model, read_config, write_package
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 from shortv_llava.serving import models, register
@@ -171,6 +172,27 @@ def mixed(package_folder):
 def test_a_hundred_mixed_requests_at_once(package_folder, mixed):
     with engine(package_folder) as llm:
         assert_same(asked(llm, package_folder, MIXED), mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layers", [{"replaced_layers": [11, 3, 0]}, {"replaced_layers": [2], "replaced_ffn_layers": [0, 5]}]
+)
+def test_corrected_layers(layers, tmp_path):
+    torch.manual_seed(0)
+    size = read_config(CHECKPOINT)["text_config"]["hidden_size"]
+    factors = {
+        layer: Factors(torch.randn(7, size), torch.randn(size, 7) / size, torch.randn(size)) for layer in (0, 2, 3, 5)
+    }
+    tensors = correction_tensors(factors, torch.float32)
+    settings = {"correction_rank": 7, "corrected_layers": list(factors), "corrections": tensors}
+    requests = MIXED[:24]
+    for name, each in (("plain", {}), ("corrected", settings)):
+        write_package(CHECKPOINT, tmp_path / name, **layers, **each)
+    with engine(tmp_path / "corrected", max_num_batched_tokens=48) as llm:
+        answers = asked(llm, tmp_path / "corrected", requests)
+    assert_same(answers, expected(tmp_path / "corrected", requests))
+    assert distance(answers, expected(tmp_path / "plain", requests)) > 0.01
 
 
 @pytest.mark.slow

@@ -108,6 +108,19 @@ def corrections(
 
 
 @app.command()
+def fits(
+    folder: Folder,
+    pictures: Pictures = 10,
+    dtype: Dtype = "float32",
+    work: Work = WORK,
+    number: Annotated[int, typer.Option(help="Of layers frozen.")] = 24,
+    rank: int = 64,
+) -> None:
+    """Ways to fit the corrections of one choice of layers."""
+    evidence(folder, work, dtype, pictures).fits(number, rank)
+
+
+@app.command()
 def blocks(
     folder: Folder,
     pictures: Pictures = 25,

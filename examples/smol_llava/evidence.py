@@ -204,12 +204,15 @@ class Evidence:
 
         return torch.tensor(self.keep("LC, plain and corrected", compute))
 
-    def corrected_row(self, lists: dict[str, list[int]], rank: int, **settings) -> dict[str, str]:
-        """As [`row`], with corrections of a rank fitted for these layers."""
-        name = f"{lists}, rank {rank}, {settings or ''} {FITTED_ON[0]} pictures, {self.size} questions"
+    def corrected_row(
+        self, lists: dict[str, list[int]], rank: int, how: str = "", fit: Callable | None = None
+    ) -> dict[str, str]:
+        """As [`row`], with corrections of a rank fitted for these layers, or as `fit` does; `how` names that."""
+        name = f"{lists}, rank {rank}, {how} {FITTED_ON[0]} pictures, {self.size} questions"
+        fit = fit or partial(self.fit, lists, rank)
 
         def compute() -> dict[str, str]:
-            set_corrections(self.model, self.fit(lists, rank, **settings) if rank else {})
+            set_corrections(self.model, fit() if rank else {})
             try:
                 return self.row(lists)
             finally:
@@ -326,6 +329,29 @@ class Evidence:
                     found = self.corrected_row(units.frozen(order[:number]), rank)
                     ratio = f"{units.ratio(order[:number]):.2f}"
                     rows.append({"N": number, "layers": strategy, "rank": rank, "FLOPs ratio": ratio, **found})
+        print_table(rows)
+
+    def fits(self, number: int, rank: int) -> None:
+        """Ways to fit the corrections of one choice: on other layers' states, with other ridges, on fewer pictures."""
+        units, rows = self.units("layer"), []
+        order = lowest(self.corrected_lc()[1].mean(0).tolist())
+        lists, everything = units.frozen(order[:number]), units.frozen(order)
+        ways = {
+            "none": None,
+            "these layers": partial(self.fit, lists, rank),
+            "each layer alone": partial(self.fit, lists, rank, alone=True),
+            "all layers": lambda: {
+                layer: factors for layer, factors in self.fit(everything, rank).items() if layer in order[:number]
+            },
+        }
+        for ridge in (1e-4, 1e-3, 0.1, 1.0):
+            ways[f"ridge {ridge}"] = partial(self.fit, lists, rank, ridge=ridge)
+        for batches in (1, 2, 4):
+            few = partial(self.fit, lists, rank, samples=self.fit_samples[:batches])
+            ways[f"{batches * FITTED_ON[1]} pictures"] = few
+        for how, fit in ways.items():
+            found = self.corrected_row(lists, rank if fit else 0, f"{how}, " if fit else "", fit)
+            rows.append({"N": number, "rank": rank, "fitted on": how, **found})
         print_table(rows)
 
     def blocks(self, strategies: Sequence[str], pairs: int) -> None:
