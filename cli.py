@@ -245,6 +245,7 @@ def calibrate(
 
         shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
     """
+    from dataclasses import replace
     from typing import get_args
 
     from accelerate import PartialState
@@ -253,6 +254,7 @@ def calibrate(
     from shortv_llava.calibrate.run import Choice
     from shortv_llava.calibrate.run import calibrate as run
     from shortv_llava.calibrate.samples import fit_samples, load_samples
+    from shortv_llava.errors import ShortVError
     from shortv_llava.package import (
         check_output,
         config_object,
@@ -285,6 +287,12 @@ def calibrate(
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     held_out_samples = [sample for group in groups for sample in group[samples:]]
     fit_on = fit_samples(data, images, correction_samples, seed, held_out_samples) if rank else []
+    if rank and not fit_on:
+        problem = "every picture is held out, so there is none to fit corrections on"
+        if correction_rank is not None:
+            raise ShortVError(f"{problem}; give more --data, or --correction-rank 0")
+        PartialState().print(f"{problem}: layers are replaced without")
+        choice = replace(choice, correction_rank=None)
     processor = load_processor(folder, chat_template, image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
     settings = {
