@@ -1,9 +1,12 @@
 """The `shortv` command."""
 
+import signal
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -43,8 +46,19 @@ ReplacedLayers = Annotated[
 ]
 
 
+def _show_version(asked_for: bool) -> None:
+    if asked_for:
+        typer.echo(f"shortv-llava {metadata.version('shortv-llava')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(verbose: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def options(
+    verbose: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Publish and run ShortV vision-language models: LLaVA with visual tokens frozen in ineffective layers."""
 
 
@@ -84,7 +98,7 @@ def package(
 
         shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
     """
-    from shortv_llava.package import check_output, fetch_checkpoint, parse_layers, write_package
+    from shortv_llava.package import BY_HAND, check_output, fetch_checkpoint, parse_layers, write_package
 
     _check_aspect_ratio(image_aspect_ratio)
     replaced_layers = parse_layers(layers, base)
@@ -100,8 +114,10 @@ def package(
         chat_template=chat_template,
         image_aspect_ratio=image_aspect_ratio,
         replaced_layers=replaced_layers,
+        **BY_HAND,
     )
-    typer.echo(f"wrote {output}: {len(replaced_layers)} layers replaced {replaced_layers}")
+    number = f"{len(replaced_layers)} layer{'s' * (len(replaced_layers) != 1)}"
+    typer.echo(f"wrote {output}: {number} replaced {replaced_layers}")
 
 
 @app.command()
@@ -521,16 +537,36 @@ def demo(
 
 def main(*command: str) -> None:
     """Run the command line; every failure a user can cause is one line and exit code 1."""
+    signal.signal(signal.SIGTERM, _terminate)
     verbose = "--verbose" in sys.argv
     arguments = [*command, *(argument for argument in sys.argv[1:] if argument != "--verbose")]
     try:
         app(args=arguments, prog_name="shortv")
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted"))
+        _stop(signal.SIGINT, arguments)
+    except Terminated:
+        _stop(signal.SIGTERM, arguments)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # how Typer takes Ctrl-C, without a word
+            _stop(signal.SIGINT, arguments)
+        raise
     except Exception as error:
         if verbose:
             raise
         sys.exit(_fail(str(error).strip() or type(error).__name__))
+
+
+def _stop(number: signal.Signals, arguments: list[str]) -> NoReturn:
+    _fail("interrupted" + "; the same command continues" * (arguments[:1] in (["calibrate"], ["evaluate"])))
+    sys.exit(128 + number)
+
+
+class Terminated(BaseException):
+    """SIGTERM: a command cleans up as after Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _fail(message: str) -> int:

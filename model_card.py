@@ -187,14 +187,15 @@ def base_metadata(base: Path, base_model: str | None = None) -> dict:
     except ShortVError:  # a stranger's card is no reason to stop
         card = None
     data = card.data if card else ModelCardData()
-    is_package = "shortv" in (data.tags or ())
+    names = {key: _listed(getattr(data, key)) for key in ("base_model", "license", "license_name", "license_link")}
+    names = {key: values[0] if values else None for key, values in names.items()}
+    is_package = "shortv" in _listed(data.tags)
     return {
-        "base_model": base_model or hub_id(base) or (data.base_model if is_package else None),
-        "license": data.license or _license_of_text(base),
-        "license_name": data.license_name,
-        "license_link": data.license_link,
-        "language": data.language,
-        "datasets": data.datasets,
+        **names,
+        "base_model": base_model or hub_id(base) or (names["base_model"] if is_package else None),
+        "license": names["license"] or _license_of_text(base),
+        "language": _listed(data.language) or None,
+        "datasets": _listed(data.datasets) or None,
     }
 
 
@@ -229,7 +230,8 @@ def _metadata(config, name: str, existing: ModelCard | None, eval_results, known
 
 
 def _listed(value) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+    """The texts in a card's entry, which strangers write as they like."""
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
 
 
 def _check_calibration(folder: Path, calibration: dict) -> None:

@@ -16,12 +16,13 @@ import re
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError
+from shortv_llava.outputs import check_folder, link_or_copy, replacing
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,14 @@ OTHER_PATTERNS = ("generation_config.json", *TERMS_PATTERNS)  # beside configura
 CORRECTION_FILE = "correction.safetensors"  # what is fitted, beside the base's files
 SHARD = "model-00001-of-00001.safetensors"  # the base's single file's name beside an index, which it would hide
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
-JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
 MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
 # The configuration's lists, and what each freezes of a layer.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
+# What a package was made with before goes where layers are given by hand: they are not what it tells of.
+BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
+BY_HAND |= {"corrections": {}}
 CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
 
 
@@ -288,63 +291,12 @@ def package_config(base_config: dict, **settings) -> dict:
 
 
 def check_output(output: Path, overwrite: bool, base: Path | None = None) -> None:
-    """Refuse, before any work, an output folder that must not or cannot be written.
-
-    Raises:
-        ShortVError: if it holds something, unless that is a package and `overwrite` is set, or if it is the base.
-        OSError: if its parent cannot be made or written.
-    """
-    if base is not None and output.resolve() == base.resolve():
-        raise ShortVError(f"{output}: the output is the base itself; give another folder")
-    if output.exists() and not output.is_dir():
-        raise ShortVError(f"{output}: is a file; give a folder")
-    if output.is_dir() and any(path.name != JOURNAL for path in output.iterdir()):
-        try:
-            is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
-        except ShortVError:
-            is_package = False
-        if not is_package:
-            raise ShortVError(f"{output}: holds files that are no package; give a new or empty folder")
-        if not overwrite:
-            raise ShortVError(f"{output}: holds a package already; give another folder or --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise ShortVError(f"{output.parent}: no permission to write; give another folder")
-
-
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place when the block ends well, and goes when it does not."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    """Refuse, before any work, an output folder that must not or cannot be written, see [`check_folder`]."""
     try:
-        yield staging
-        staging.chmod(0o755)
-        if output.exists():
-            old = staging.with_name(staging.name + "-old")
-            os.rename(output, old)
-            os.rename(staging, output)
-            shutil.rmtree(old)
-        else:
-            os.rename(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` that takes its place when the block ends well."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    yield unfinished
-    os.replace(unfinished, path)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link, or copy where the file system has none. A download's symbolic links are followed."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
+    except ShortVError:
+        is_package = False
+    check_folder(output, overwrite, is_package, base)
 
 
 def write_package(
@@ -359,6 +311,7 @@ def write_package(
     chat_template: str | None = None,
     image_aspect_ratio: str = "base",
     corrections: dict[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
     **settings,
 ) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
@@ -372,6 +325,7 @@ def write_package(
         vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
         corrections: tensors of fitted corrections, by name, in place of those that the base may have.
+        write_more: writes further files into the folder before it takes its place; the model card knows of them.
 
     Raises:
         ShortVError: if the base is no LLaVA checkpoint with weights, of safetensors for corrections, could not answer,
@@ -420,6 +374,8 @@ def write_package(
             put_corrections(staging, corrections)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent / name, staging / name)
+        if write_more is not None:
+            write_more(staging)
         metadata = base_metadata(base, base_model)
         write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
 

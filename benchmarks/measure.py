@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 
 class Comparison(NamedTuple):

@@ -18,7 +18,7 @@ from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.errors import ShortVError
 from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first token
     "llava-1.5-7b": {8: 1.13, 16: 1.23, 19: 1.30, 24: 1.40},

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,8 @@ from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap, number_of_layers
 from shortv_llava.errors import ShortVError
-from shortv_llava.model_card import write_card
-from shortv_llava.package import JOURNAL, LAYER_LISTS, check_output, replacing_file, write_package
+from shortv_llava.outputs import JOURNAL, only_one
+from shortv_llava.package import LAYER_LISTS, check_output, write_package
 
 logger = logging.getLogger(__name__)
 
@@ -188,17 +189,18 @@ def calibrate(
     }
     if choice.correction_rank:
         scored_as |= {"correction_rank": choice.correction_rank, "correction_samples": [one.id for one in fit_on]}
-    journal = Journal(output / JOURNAL, scored_as)
-    run = Run(model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on)
-    candidates = {}
-    for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
-        candidates[granularity] = run.candidate(choice, granularity, candidates.get("layer"))
-    best = min(candidates, key=lambda granularity: candidates[granularity].cost.kl)
-    if run.state.is_main_process:
-        overwrite = overwrite or run.journal.path.exists()
-        ids = [sample.id for sample in held_out]
-        _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template)
-    run.state.wait_for_everyone()
+    with only_one(output) if PartialState().is_main_process else nullcontext():
+        journal = Journal(output / JOURNAL, scored_as)
+        run = Run(model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on)
+        candidates = {}
+        for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
+            candidates[granularity] = run.candidate(choice, granularity, candidates.get("layer"))
+        best = min(candidates, key=lambda granularity: candidates[granularity].cost.kl)
+        if run.state.is_main_process:
+            overwrite = overwrite or run.journal.path.exists()
+            ids = [sample.id for sample in held_out]
+            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template)
+        run.state.wait_for_everyone()
     return candidates[best]
 
 
@@ -383,17 +385,15 @@ def _write(
     if corrections:
         settings |= {"correction_rank": choice.correction_rank, "corrected_layers": list(corrections)}
     tensors = correction_tensors(corrections, dtype)
-    options = {"corrections": tensors, "chat_template": chat_template}
-    write_package(base, output, overwrite, **options, **taken.frozen, **settings)
 
-    for name, draw in (
-        ("calibration.json", lambda path: path.write_text(json.dumps(details, indent=1) + "\n")),
-        ("lc_scores.png", lambda path: report.draw_scores(path, series, taken.frozen)),
-        ("tradeoff.png", lambda path: report.draw_tradeoff(path, candidates, taken)),
-    )[: 3 if series else 1]:
-        with replacing_file(output / name) as unfinished:
-            draw(unfinished)
-    write_card(output)  # now that there is more to tell
+    def write_more(folder: Path) -> None:
+        (folder / "calibration.json").write_text(json.dumps(details, indent=1) + "\n")
+        if series:
+            report.draw_scores(folder / "lc_scores.png", series, taken.frozen)
+            report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
+
+    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more}
+    write_package(base, output, overwrite, **options, **taken.frozen, **settings)
 
     console = Console()
     if series:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question, read_jsonl
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 
 class AnswersFile:

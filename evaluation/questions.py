@@ -88,7 +88,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
         ShortVError: if the file cannot be read or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     entries = []

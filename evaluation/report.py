@@ -12,7 +12,7 @@ from rich.table import Table
 from shortv_llava.evaluation.answering import Tokens
 from shortv_llava.evaluation.run import DENSE, Result
 from shortv_llava.figures import new_figure, save_figure
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 
 def table(results: Sequence[Result], **style) -> Table:

@@ -21,7 +21,8 @@ from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import JOURNAL, load_model
+from shortv_llava.outputs import JOURNAL
+from shortv_llava.package import load_model
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,19 @@ def test_accepted_by_the_hub_s_validation(tmp_path):
         assert [call.status for call in hub.requests if call.endpoint == "validate_yaml"] == [200]
         loaded = ModelCard(hub.files("alice/it")["README.md"].decode())
     assert loaded.data.eval_results == [RESULT]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "license: [apache-2.0]\ndatasets: [{name: one}, two]\nlanguage: {en: 1}\ntags: {a: b}\nbase_model: [a/b, c/d]",
+        "license: null\ndatasets: null\nlanguage: null\ntags: null\nbase_model: {}",
+        "tags: shortv\nbase_model: 3\nlicense: {a: b}",
+    ],
+)
+def test_a_bases_card_of_other_kinds_of_entries(tmp_path, metadata):
+    base = shutil.copytree(CHECKPOINT, tmp_path / "base")
+    (base / "README.md").write_text(f"---\n{metadata}\n---\n# Base\n")
+    write_package(base, tmp_path / "package", replaced_layers=[1])
+    found = read_card(tmp_path / "package" / "README.md").data
+    assert found.license in (None, "apache-2.0") and found.datasets in (None, ["two"]) and found.base_model is None

@@ -27,7 +27,8 @@ from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
-from shortv_llava.package import LAYER_LISTS, load_model, replacing_file
+from shortv_llava.outputs import replacing_file
+from shortv_llava.package import LAYER_LISTS, load_model
 from shortv_llava.processors import load_processor
 
 MANY = 40, 10  # pictures, and questions about each: samples for LC, of which one a picture chooses

@@ -17,7 +17,7 @@ from shortv_llava.checkpoints.train import save
 from shortv_llava.errors import ShortVError
 from shortv_llava.examples.smol_llava.language_model import CHAT_TEMPLATE
 from shortv_llava.examples.smol_llava.scenes import IMAGE_SIZE
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 IMAGE = "<image>"
 PATCH = 16  # pixels; 128 / 16 = 8, squared = 64 visual tokens

@@ -36,7 +36,7 @@ from shortv_llava.examples.smol_llava.model import (
 )
 from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_states
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
-from shortv_llava.package import replacing_file
+from shortv_llava.outputs import replacing_file
 
 ALIGNMENT = {"steps": 600, "lr": 1e-3, "pictures": 64}  # a step
 STAGE2 = {"steps": 500, "lr": 1e-3, "pictures": 3}
