@@ -460,6 +460,11 @@ def evaluate(
     from shortv_llava.evaluation.command import Data, run
     from shortv_llava.package import leave_processes
 
+    if task == "help":
+        from shortv_llava.evaluation.tasks import TASKS
+
+        typer.echo("\n".join(sorted(TASKS)))
+        raise typer.Exit
     if image_aspect_ratio is not None:
         _check_aspect_ratio(image_aspect_ratio)
     run(
