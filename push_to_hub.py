@@ -244,10 +244,17 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
 def _check_weights(folder: Path) -> None:
     if not matching(folder, WEIGHT_PATTERNS):
         raise ShortVError(f"{folder}: holds no weights; name the base model to copy them from with --weights-from")
+    held = set()
     for path in weight_files(folder):
         with open_shard(path) as tensors:  # reads headers, which must fit the file's size
             if not tensors:
                 raise ShortVError(f"{path}: holds no tensors; get the file again")
+            held |= tensors.keys()
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - held)
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
     try:
         load_model(folder, device_map="meta")
     except ShortVError:
