@@ -422,7 +422,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import first_line, open_shard, weight_files
+    from shortv_llava.tensors import first_line, open_shard, read_json, weight_files, weight_index
 
     config = config_object(entries)
     with quiet():
@@ -433,10 +433,16 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
             raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
         if not weights:
             return
+        held = set()
         for path in weight_files(folder):
             with open_shard(path) as tensors:  # reads headers, which must fit the file's size
                 if not tensors:
                     raise ShortVError(f"{path}: holds no tensors; get the file again")
+                held |= tensors.keys()
+        if index := weight_index(folder):  # transformers 4 believes what it names
+            missing = sorted(read_json(index)["weight_map"].keys() - held)
+            if missing:
+                raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
         try:
             load_model(folder, device_map="meta")
         except ShortVError:

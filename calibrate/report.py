@@ -58,15 +58,18 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
     corrected = any("corrected_cost" in entry for entry in curve)
     table = Table(
         box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
         title=f"Cost of {granularity}s frozen together, on samples not used for choosing",
         title_justify="left",
     )
     names = ["frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"]
-    for column in names + ["corrected KL", "±", "top-1", "NLL"] * corrected:
+    for column in names + ["corr. KL", "±", "top-1"] * corrected:
         table.add_column(column, justify="right")
     for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
         entry = curve[index]
-        cells = [cell for name in ("cost", "corrected_cost") if name in entry for cell in _cells(entry[name])]
+        cells = _cells(entry["cost"])
+        if "corrected_cost" in entry:
+            cells += _cells(entry["corrected_cost"])[:3]
         style = "bold" if index == chosen else None
         table.add_row(f"{entry['number']}", f"{entry['flops_ratio']:.3f}", *cells, style=style)
     return table

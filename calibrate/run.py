@@ -223,7 +223,7 @@ class Run:
             scores = self.scores(choice, units)
             order = self.order(choice, units, scores)
             numbers = range(len(order) + 1)
-        # Of whole layers, corrections fitted with all of them frozen serve every number well enough for a curve.
+        # For a curve of whole layers one fit, with all of them frozen, stands for each number's own.
         fitted = self.fit(units, order, rank) if rank and granularity == "layer" and len(numbers) > 1 else {}
         curve = []
         for number in self.progress(numbers, "cost", "choice"):

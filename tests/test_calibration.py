@@ -181,7 +181,7 @@ class TestChoice:
             ({"num_layers": 3, "fraction": 0.5}, "--num-layers and --fraction contradict"),
             ({"num_layers": 13}, "12 layers"),
             ({"fraction": 1.5}, "from 0 to 1"),
-            ({"strategy": "best"}, "lc, greedy, cosine, random"),
+            ({"strategy": "best"}, "lc, corrected-lc, greedy, cosine, random"),
             ({"granularity": "head"}, "layer, block, auto"),
             ({"strategy": "cosine", "granularity": "auto"}, "--granularity layer"),
         ],

@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
+from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
 from shortv_llava.calibrate.correction import FitSample, fit_corrections, make_correction, set_corrections
@@ -328,8 +329,12 @@ class Evidence:
                     units = Units(config, "layer", rank)
                     units.tokens = self.prompt_tokens
                     found = self.corrected_row(units.frozen(order[:number]), rank)
-                    ratio = f"{units.ratio(order[:number]):.2f}"
-                    rows.append({"N": number, "layers": strategy, "rank": rank, "FLOPs ratio": ratio, **found})
+                    row = {"N": number, "layers": strategy, "rank": rank}
+                    row["FLOPs ratio"] = f"{units.ratio(order[:number]):.2f}"
+                    larger = Units(ShortVLlavaConfig(), "layer", rank)  # by default of LLaVA-1.5-7B's shape
+                    same = round(number * larger.num_layers / len(units))
+                    row["7B's ratio"] = f"{larger.ratio(range(same)):.2f} ({same})"
+                    rows.append(row | found)
         print_table(rows)
 
     def fits(self, number: int, rank: int) -> None:
