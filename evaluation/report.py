@@ -44,7 +44,7 @@ def _row(result: Result) -> dict[str, str]:
 
 
 def prefill_note(results: Sequence[Result]) -> str:
-    """What sharing prefixes saved in this run; empty where nothing was answered in it."""
+    """What sharing prefixes saved."""
     prompted, prefilled = (sum((getattr(r, name) for r in results), Tokens(0, 0)) for name in ("prompted", "prefilled"))
     if not sum(prefilled):
         return ""

@@ -1,5 +1,6 @@
 """One evaluation: a model, perhaps with several choices of layers, answers questions and is scored."""
 
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Result:
         headline, interval: the score that variants are compared by, and where it lies with 95% confidence.
         retention, retention_interval: that score in percent of the dense model's.
         agreement: answers equal to the dense model's, in percent.
-        seconds: that the batches took which were answered in this run, not in an interrupted one before.
+        seconds: that the batches took, in this run and in interrupted ones before.
         prompted, prefilled: visual and text tokens of their prompts, and of these those that went through the model.
         speed_up: the dense model's seconds over these.
     """
@@ -61,6 +62,12 @@ class Result:
     retention_interval: tuple[float, float] | None = None
     agreement: float | None = None
     speed_up: float | None = None
+
+    def count(self, measured: dict) -> None:
+        """Add what a batch took: `seconds`, `prompted` and `prefilled` tokens."""
+        self.seconds += measured["seconds"]
+        self.prompted += Tokens(*measured["prompted"])
+        self.prefilled += Tokens(*measured["prefilled"])
 
 
 def choose_variants(config, compare: bool = False, sweep: Sequence[int] = ()) -> list[Variant]:
@@ -121,6 +128,8 @@ def evaluate(
         name = "answers" if len(variants) == 1 else f"answers-{variant.name}"
         metadata = variant.frozen | answerer.settings
         files[variant.name] = AnswersFile(output / f"{name}.jsonl", model_id, metadata, questions)
+    measured = output / "measured.jsonl"
+    before = _read_measured(measured)
     state.wait_for_everyone()  # before anyone writes
 
     unanswered = [
@@ -133,6 +142,9 @@ def evaluate(
             variant.name: Result(variant.name, variant.frozen, _flops_ratio(answerer.model, variant))
             for variant in variants
         }
+        for entry in before:
+            if entry["variant"] in results:
+                results[entry["variant"]].count(entry)
         if len(variants) > 1 and unanswered:
             answerer.answer(unanswered[0][:1])  # what the first pass sets up shall not count for the first variant
         count, rank = state.num_processes, state.process_index
@@ -147,10 +159,15 @@ def evaluate(
                         answered = answerer.answer(unanswered[number])
                         found.append((number, variant.name, answered, time.perf_counter() - began))
                 for number, name, answered, seconds in gather_object(found) if count > 1 else found:
+                    if all(question.id in files[name].lines for question in unanswered[number]):
+                        continue  # an interrupted run counted it, and missed another variant's
                     files[name].add(unanswered[number], answered.answers, write=state.is_main_process)
-                    results[name].seconds += seconds
-                    results[name].prompted += answered.prompted
-                    results[name].prefilled += answered.prefilled
+                    entry = {"variant": name, "seconds": seconds}
+                    entry |= {"prompted": answered.prompted, "prefilled": answered.prefilled}
+                    results[name].count(entry)
+                    if state.is_main_process:
+                        with open(measured, "a", encoding="utf-8") as file:
+                            file.write(json.dumps(entry) + "\n")
                 bar.update(sum(map(len, unanswered[start : start + count])))
     if state.is_main_process:
         for file in files.values():
@@ -161,6 +178,17 @@ def evaluate(
     if state.is_main_process:
         _score(list(results.values()), questions, metric, metric_kwargs)
     return list(results.values())
+
+
+def _read_measured(path: Path) -> list[dict]:
+    """What the batches of earlier runs took; a last line that a kill cut off goes."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content and PartialState().is_main_process:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _score(results: list[Result], questions, metric: str | None, metric_kwargs: dict) -> None:

@@ -166,6 +166,14 @@ class TestRun:
             ids = [json.loads(line)["question_id"] for line in (cut / name).read_text().splitlines()]
             assert ids == [question.id for question in asked]
 
+    def test_what_was_measured_stays(self, embedded, asked, tmp_path):
+        answerer, variants = Answerer(*embedded, 4, 6), choose_variants(embedded[0].config, compare=True)
+        first, again = (evaluate(answerer, asked, variants, tmp_path, "model") for _ in range(2))
+        for one, other in zip(first, again):
+            assert one.seconds == pytest.approx(other.seconds) and one.seconds > 0
+            assert (one.prompted, one.prefilled) == (other.prompted, other.prefilled)
+        assert first[1].speed_up == pytest.approx(again[1].speed_up)
+
     def test_lines_are_llavas(self, embedded, asked, tmp_path):
         evaluate(Answerer(*embedded, 4, 6), asked[:3], choose_variants(embedded[0].config), tmp_path, "model")
         for line in (tmp_path / "answers.jsonl").read_text().splitlines():
