@@ -21,7 +21,7 @@ from transformers import (
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import load_image
 from shortv_llava.package import cache_name, parse_layers
-from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM, tokenize
+from shortv_llava.prompts import chat_system, tokenize
 
 HELP = """\
 /image FILE|URL  attach an image to the next question; several, one by one
@@ -106,11 +106,8 @@ class Conversation:
         self.cache = DynamicCache()
         self.cached: list[int | Picture] = []  # what the cache holds, see `_sequence`
 
-        self.system = system
-        probe = [Turn("", [])]
-        if system is None and self._render(probe).startswith(("USER:", TUNING_SYSTEM)):
-            self.system = CHAT_SYSTEM
-        if self.system is not None and self.system not in self._render(probe):
+        self.system = chat_system(processor) if system is None else system
+        if self.system is not None and self.system not in self._render([Turn("", [])]):
             raise ShortVError("the model's chat template has no place for a system sentence; leave --system out")
 
     def attach(self, image: Image.Image, source: str) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shortv_llava.errors import ShortVError
 
 MAX_PIXELS = 80_000_000
+MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
 MAX_DOWNLOAD_BYTES = 50_000_000
 MAX_DOWNLOAD_SECONDS = 30.0
 
@@ -46,6 +47,13 @@ def open_image(path: Path) -> Image.Image:
         raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
+def check_sides(image: Image.Image, source: str) -> None:
+    """Raises [`ShortVError`] for a picture that is too narrow to be resized."""
+    if max(image.size) > MAX_SIDES_RATIO * min(image.size):
+        size = f"{image.width} x {image.height} pixels"
+        raise ShortVError(f"{source}: {size} are too narrow; one side may be {MAX_SIDES_RATIO} times the other at most")
+
+
 def _decode(file: BinaryIO, source: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
@@ -53,6 +61,7 @@ def _decode(file: BinaryIO, source: str) -> Image.Image:
             with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ShortVError(f"{source}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+                check_sides(image, source)
                 return _to_rgb(ImageOps.exif_transpose(image))
     except ShortVError:
         raise

@@ -34,6 +34,14 @@ def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: st
     return prompt.replace(TUNING_SYSTEM, vicuna_system, 1) if prompt.startswith(TUNING_SYSTEM) else prompt
 
 
+def chat_system(processor) -> str | None:
+    """The system sentence that LLaVA's chat begins with, for Vicuna's chat template; None for others, which have
+    their own."""
+    empty = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+    begins = processor.apply_chat_template(empty)
+    return CHAT_SYSTEM if begins.startswith(("USER:", TUNING_SYSTEM)) else None
+
+
 def adds_special_tokens(processor, prompts: Sequence[str]) -> bool:
     """Whether the tokenizer shall begin these prompts; not where the chat template did, as in transformers' own
     `apply_chat_template(tokenize=True)`. All come of one template."""

@@ -1,7 +1,7 @@
 """A web page to talk to a ShortV model, with the dense model beside it.
 
-`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There only flops.py of
-this repository lies beside it; the model brings its own code from the Hub.
+`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There flops.py and
+prompts.py of this repository lie beside it; the model brings its own code from the Hub.
 """
 
 import time
@@ -15,8 +15,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shortv_llava.flops import flops_ratio
+from shortv_llava.prompts import chat_system
 
 SHORTV, DENSE = "ShortV", "Dense model"
+MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
 
 
 def replacement_order(config) -> list[int]:
@@ -41,6 +43,8 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
     Raises:
         gr.Error: if the conversation leaves no room in the model's context.
     """
+    if system := chat_system(processor):
+        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device, model.dtype)
@@ -88,6 +92,10 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
             raise gr.Error("Ask something first.", print_exception=False)
         if processor.image_token in question:
             raise gr.Error(f"Leave {processor.image_token} out of the question.", print_exception=False)
+        if picture is not None and max(picture.size) > MAX_SIDES_RATIO * min(picture.size):
+            size = "{} x {}".format(*picture.size)
+            message = f"A picture of {size} pixels is too narrow: at most {MAX_SIDES_RATIO} to one."
+            raise gr.Error(message, print_exception=False)
         updates = {}
         for side in (SHORTV, DENSE) if compare else (SHORTV,):
             content = [{"type": "text", "text": question.strip()}]

@@ -10,7 +10,7 @@ from PIL import Image
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
-from shortv_llava.images import open_image
+from shortv_llava.images import check_sides, open_image
 from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt, process
 
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
@@ -136,5 +136,12 @@ def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):
     return process(
         processor,
         [f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
-        [s.image.convert("RGB") if isinstance(s.image, Image.Image) else open_image(s.image) for s in samples],
+        [_open(sample) for sample in samples],
     )
+
+
+def _open(sample: Sample) -> Image.Image:
+    if not isinstance(sample.image, Image.Image):
+        return open_image(sample.image)
+    check_sides(sample.image, f"sample {sample.id}, its picture")
+    return sample.image.convert("RGB")

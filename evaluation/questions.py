@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.images import open_image
+from shortv_llava.images import check_sides, open_image
 
 
 class Question(NamedTuple):
@@ -48,6 +48,7 @@ def open_images(question: Question) -> list[Image.Image]:
             pictures.append((image if isinstance(image, Image.Image) else image()).convert("RGB"))
         except Exception as error:  # decoders raise every kind on broken pictures
             raise ShortVError(f"question {question.id!r}: its picture cannot be read ({error})") from error
+        check_sides(pictures[-1], f"question {question.id!r}, its picture")
     return pictures
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from shortv_llava import images
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.images import load_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -204,3 +205,16 @@ def test_nobody_listens(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(ShortVError, match="cannot be downloaded .*refused"):
             load_image(f"http://127.0.0.1:{taken.getsockname()[1]}/photo.png")
+
+
+@pytest.mark.parametrize("size", [(8000, 1), (1, 8000), (201, 1)])
+def test_a_picture_too_narrow_to_be_resized(tmp_path, size):
+    path = tmp_path / "narrow.png"
+    Image.new("RGB", size).save(path)
+    for load in (lambda: load_image(str(path)), lambda: open_images(Question("7", "What?", (Image.open(path),)))):
+        with pytest.raises(
+            ShortVError, match=f"{size[0]} x {size[1]} pixels are too narrow; one side"
+        ):
+            load()
+    Image.new("RGB", (200, 1)).save(path)
+    load_image(str(path))
