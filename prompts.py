@@ -6,6 +6,8 @@ first; the second is that of LLaVA's terminal chat and of Q-Bench.
 
 from collections.abc import Sequence
 
+from shortv_llava.errors import ShortVError
+
 TUNING_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -64,6 +66,15 @@ def process(processor, prompts: Sequence[str], images: Sequence, **kwargs):
         add_special_tokens=adds_special_tokens(processor, prompts),
         **kwargs,
     )
+
+
+def check_length(config, num_tokens: int, what: str) -> None:
+    """Raises [`ShortVError`] for a prompt that leaves no room for an answer in the model's context."""
+    longest = config.text_config.max_position_embeddings
+    if num_tokens >= longest:
+        raise ShortVError(
+            f"{what}: its prompt has {num_tokens} tokens, and the model's context ends at {longest}; shorten it"
+        )
 
 
 def tokenize(processor, prompts: Sequence[str]) -> list[list[int]]:

@@ -58,7 +58,7 @@ from shortv_llava.tensors import SINGLE_WEIGHT_FILES, first_line, listed_shards,
 logger = logging.getLogger(__name__)
 
 # A Space: the web page, what it imports, and the libraries to install beside Gradio, which the Hub brings.
-SPACE_FILES = {"app.py": "web.py"} | {f"shortv_llava/{name}": name for name in ("flops.py", "prompts.py")}
+SPACE_FILES = {"app.py": "web.py"} | {f"shortv_llava/{name}": name for name in ("errors.py", "flops.py", "prompts.py")}
 SPACE_REQUIREMENTS = "accelerate>=1.0\npillow>=10\ntorch>=2.6\ntransformers>=4.57\n"
 GRADIO_VERSION = "6.31.0"
 

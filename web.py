@@ -1,7 +1,7 @@
 """A web page to talk to a ShortV model, with the dense model beside it.
 
-`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There flops.py and
-prompts.py of this repository lie beside it; the model brings its own code from the Hub.
+`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There errors.py,
+flops.py and prompts.py of this repository lie beside it; the model brings its own code from the Hub.
 """
 
 import time

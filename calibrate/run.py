@@ -41,6 +41,7 @@ from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap,
 from shortv_llava.errors import ShortVError
 from shortv_llava.outputs import JOURNAL, only_one
 from shortv_llava.package import LAYER_LISTS, check_output, write_package
+from shortv_llava.prompts import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,7 @@ class Run:
                 found = []
                 for key in missing[start + rank : start + rank + 1]:
                     inputs = make_inputs(self.processor, [keys[key]]).to(self.model.device)
+                    check_length(self.model.config, inputs["input_ids"].shape[1], f"sample {keys[key].id}")
                     found.append((key, compute(inputs).tolist()))
                 for key, values in gather_object(found) if count > 1 else found:
                     if not np.isfinite(values).all():

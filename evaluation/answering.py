@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.package import cache_name
 from shortv_llava.processors import pads
-from shortv_llava.prompts import TUNING_SYSTEM, make_prompt, process, tokenize
+from shortv_llava.prompts import TUNING_SYSTEM, check_length, make_prompt, process, tokenize
 
 
 class Tokens(NamedTuple):
@@ -116,6 +116,8 @@ class Answerer:
         if len(groups) < len(batch):
             return self._answer_groups(batch, prompts, groups)
         inputs = self._process(prompts, [picture for question in batch for picture in open_images(question)])
+        for question, length in zip(batch, inputs["attention_mask"].sum(dim=1).tolist()):
+            check_length(self.model.config, length, f"question {question.id!r}")
         visual = self._num_visual(inputs["input_ids"])
         tokens = Tokens(visual, int(inputs["attention_mask"].sum()) - visual)
         return Answered(self._generate(inputs), tokens, tokens)
@@ -135,6 +137,8 @@ class Answerer:
                 placeholders = self.processor.image_token * visual
                 texts = [prompts[number].replace(self.processor.image_token, placeholders) for number in group]
                 rows = tokenize(self.processor, texts)
+            for number, row in zip(group, rows):
+                check_length(self.model.config, len(row), f"question {batch[number].id!r}")
             beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token is left to ask with
             beginnings.append(beginning)
             rests += [(number, index, row[len(beginning) :]) for number, row in zip(group, rows)]

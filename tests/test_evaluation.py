@@ -166,6 +166,12 @@ class TestRun:
             ids = [json.loads(line)["question_id"] for line in (cut / name).read_text().splitlines()]
             assert ids == [question.id for question in asked]
 
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_a_prompt_longer_than_the_context_is_refused(self, embedded, asked, shared):
+        long = asked[0]._replace(text="circle " * embedded[0].config.text_config.max_position_embeddings)
+        with pytest.raises(ShortVError, match=f"question {long.id!r}: its prompt has .* context ends at"):
+            Answerer(*embedded, 4, 6, shared_prefix=shared).answer([asked[0]._replace(id="other"), long])
+
     def test_what_was_measured_stays(self, embedded, asked, tmp_path):
         answerer, variants = Answerer(*embedded, 4, 6), choose_variants(embedded[0].config, compare=True)
         first, again = (evaluate(answerer, asked, variants, tmp_path, "model") for _ in range(2))

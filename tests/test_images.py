@@ -212,9 +212,7 @@ def test_a_picture_too_narrow_to_be_resized(tmp_path, size):
     path = tmp_path / "narrow.png"
     Image.new("RGB", size).save(path)
     for load in (lambda: load_image(str(path)), lambda: open_images(Question("7", "What?", (Image.open(path),)))):
-        with pytest.raises(
-            ShortVError, match=f"{size[0]} x {size[1]} pixels are too narrow; one side"
-        ):
+        with pytest.raises(ShortVError, match=f"{size[0]} x {size[1]} pixels are too narrow; one side"):
             load()
     Image.new("RGB", (200, 1)).save(path)
     load_image(str(path))
