@@ -249,7 +249,7 @@ def calibrate(
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Through bitsandbytes.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compute LC scores and make the package that replaces the layers of lowest score.
+    """Compute LC scores, make the package that replaces the layers of lowest score, and fit corrections for them.
 
     Interrupted, the same command continues. Several GPUs: `accelerate launch -m shortv_llava.calibrate BASE …`
 
@@ -297,17 +297,18 @@ def calibrate(
     rank = min(64, text_config.hidden_size // 8) if correction_rank is None else correction_rank
     given = None if layers is None else tuple(parse_layers(layers, base))
     package_config(entries, replaced_layers=list(given or ()))  # checks them before the long work
-    choice = Choice(strategy, granularity, num_layers, fraction, flops_ratio, max_divergence, seed, rank or None, given)
+    budget = num_layers, fraction, flops_ratio, max_divergence
+    choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
     choice.check(text_config.num_hidden_layers)
     drawn = load_samples(data, images, samples + held_out, seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     held_out_samples = [sample for group in groups for sample in group[samples:]]
     fit_on = fit_samples(data, images, correction_samples, seed, held_out_samples) if rank else []
     if rank and not fit_on:
-        problem = "every picture is held out, so there is none to fit corrections on"
-        if correction_rank is not None:
-            raise ShortVError(f"{problem}; give more --data, or --correction-rank 0")
-        PartialState().print(f"{problem}: layers are replaced without")
+        found = "every picture is a held-out one, and none is left to fit corrections on"
+        if correction_rank is not None or strategy == "corrected-lc":
+            raise ShortVError(f"{found}; give more pictures, or --correction-rank 0")
+        PartialState().print(f"without corrections: {found}")
         choice = replace(choice, correction_rank=None)
     processor = load_processor(folder, chat_template, image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())

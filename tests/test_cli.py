@@ -80,7 +80,7 @@ def questions(tmp_path) -> Path:
 @pytest.mark.slow
 def test_launched_commands_leave_their_process_group(questions, tmp_path):
     sources = ("--questions", questions / "questions.jsonl", "--images", questions / "images")
-    data = ("--data", "shapes", "--samples", 1, "--held-out", 1, "--dtype", "float32")
+    data = ("--data", "shapes", "--samples", 1, "--held-out", 1, "--correction-samples", 1, "--dtype", "float32")
     for command in (
         ("evaluate", CHECKPOINT, *sources, "--max-new-tokens", 1, "--output", tmp_path / "answers"),
         ("calibrate", CHECKPOINT, *data, "--output", tmp_path / "package"),
@@ -116,6 +116,9 @@ def test_calibrate_on_own_questions(tmp_path, questions):
     assert len(scores) == 12 and scores[11] == 0
     assert config["replaced_layers"] == sorted(range(12), key=lambda layer: (scores[layer], -layer))[:5]
     assert config["calibration"]["samples"] in (["questions.jsonl/7"], ["questions.jsonl/8"])
+    assert "without corrections: every picture is a held-out one" in done.stdout
+    done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "other", *data, "--correction-rank", 8)
+    assert done.returncode == 1 and "--correction-rank 0" in done.stderr and not (tmp_path / "other").exists()
     assert config["calibration"]["direction"] == "release"
 
 
