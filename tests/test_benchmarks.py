@@ -102,6 +102,7 @@ def test_bad_input(arguments, words):
         bench(*arguments)
 
 
+@pytest.mark.slow
 def test_conversion_measures_both_ways(tmp_path):
     sizes = ["--hidden", "128", "--intermediate", "64", "--layers", "2", "--vocabulary", "320", "--rank", "2"]
     converted, merged = bench("conversion", *sizes, "--folder", str(tmp_path)).splitlines()

@@ -190,6 +190,7 @@ class TestChoice:
         with pytest.raises(ShortVError, match=words):
             dataclasses.replace(Choice(), **options).check(12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("strategy", ["greedy", "cosine", "random"])
     def test_other_strategies_end_in_a_package(self, tmp_path, strategy):
         output = tmp_path / "package"

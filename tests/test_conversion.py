@@ -251,6 +251,7 @@ def test_a_tied_head_is_written_out(make, tmp_path):
     assert torch.equal(load(tmp_path / "hf", CLASSES["llava"]).lm_head.weight, embeddings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_peak_memory_is_one_shard(tmp_path, merged):
     """The converter's own resident set, at its highest: ten shards of up to 65 MB, 447 MB in all, and a LoRA's 113."""

@@ -84,6 +84,7 @@ def corrected_pairs(monkeypatch, request):
     monkeypatch.setattr(tiny, "pair", CORRECTED_PAIR)
 
 
+@pytest.mark.slow
 def test_layers_sharded_by_accelerate(tmp_path, monkeypatch):
     # Of a correction that rests there is no optimiser state to load, as of other weights without gradient.
     monkeypatch.setitem(test_training.FROZEN, "mixed blocks", {"layers": (3, 1), "ffn": (0, 2)})

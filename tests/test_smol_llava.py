@@ -192,6 +192,7 @@ def rows_of(printed: str) -> list[dict[str, str]]:
     return [dict(zip(names, row)) for row in rows]
 
 
+@pytest.mark.slow
 def test_tables(built, tmp_path, monkeypatch, capsys):
     sizes = {"MANY": (3, 2), "FEW": (1, 2), "NUMBERS": (1, 2), "RATIOS": (0.8,), "SEEDS": 2, "TABLE7_LAYERS": 1}
     sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4}
