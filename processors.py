@@ -167,9 +167,9 @@ def problem_of(processor) -> str | None:
     ids = process(processor, [prompt], [Image.new("RGB", (64, 48))])["input_ids"][0].tolist()
     start = tokenizer.bos_token_id
     if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        number, begun = ids.count(start), start in tokenizer("a")["input_ids"]
-        if number > 1 or (number == 0 and begun):
-            return f"it gives {number} beginning-of-sequence tokens"
+        number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may have one
+        if number > 1 or (number == 0 and tokenizer("a")["input_ids"][:1] == [start]):
+            return f"its prompt starts with {number} beginning-of-sequence tokens"
     return None
 
 

@@ -231,6 +231,21 @@ class TestChatTemplates:
         }
         assert make_prompt(package(chat_template=name), QUESTION) == expected[name]
 
+    def test_a_beginning_in_each_turn_is_no_fault(self, base, package):
+        edit(base / "tokenizer_config.json", bos_token="<pad>", pad_token="</s>")  # as SmolLM2's <|im_start|>
+        llama_tokenizer(begins=False).save(str(base / "tokenizer.json"))
+        template = "{% for m in messages %}<pad>system\nYes.</s><pad>{{ m['role'] }}\n"
+        template += (
+            "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}"
+        )
+        write(base / "chat_template.json", {"chat_template": template})
+        assert package().chat_template == template
+
+    def test_two_beginnings_in_a_row_are(self, base, package, caplog):
+        write(base / "chat_template.json", {"chat_template": "<s><s>" + LLAVA_HF_CHAT_TEMPLATE})
+        package()
+        assert "starts with 2 beginning-of-sequence tokens; it gets LLaVA's vicuna_v1" in caplog.text
+
     def test_from_a_file(self, package, tmp_path):
         write(tmp_path / "mine.jinja", "{% for m in messages %}<image>{{ m['content'][-1]['text'] }}{% endfor %}")
         assert make_prompt(package(chat_template=str(tmp_path / "mine.jinja")), QUESTION) == f"<image>{QUESTION}"
