@@ -121,8 +121,9 @@ def only_one(output: Path) -> Iterator[None]:
         ShortVError: if one does.
     """
     output = resolved(output)
-    name = hashlib.sha256(str(output).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"shortv-{os.getuid()}-{name}.lock", timeout=0, is_singleton=True)
+    owner = os.getuid() if hasattr(os, "getuid") else ""  # another user's lock could not be opened
+    name = hashlib.sha256(f"{owner} {output}".encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"shortv-{name}.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
