@@ -194,7 +194,7 @@ def base_metadata(base: Path, base_model: str | None = None) -> dict:
         **names,
         "base_model": base_model or hub_id(base) or (names["base_model"] if is_package else None),
         "license": names["license"] or _license_of_text(base),
-        "language": _listed(data.language) or None,
+        "language": data.language if isinstance(data.language, str) else _listed(data.language) or None,
         "datasets": _listed(data.datasets) or None,
     }
 
