@@ -30,14 +30,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
 from shortv_llava.chat_templates import FORMATS, format_of
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
 from shortv_llava.tensors import (
     DTYPES,
     PlannedTensor,
     check_dtypes,
-    first_line,
     has_weights,
     open_shard,
     plan_tensors,

@@ -3,3 +3,8 @@
 
 class ShortVError(Exception):
     """A failure that the user can mend; the message is one line that says what is wrong, where and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it adds below; the name of its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

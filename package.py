@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
 
@@ -358,9 +358,9 @@ def write_package(
             convert_checkpoint(base, staging, vision_tower, base_weights)
             entries = package_config(read_config(staging), **settings)
         write_json(staging / "config.json", entries)
-        for note in write_processor(
-            staging if converted else base, staging, config_object(entries), chat_template, image_aspect_ratio
-        ):
+        source = staging if converted else base
+        _, notes = write_processor(source, staging, config_object(entries), chat_template, image_aspect_ratio)
+        for note in notes:
             logger.warning(f"{base}: {note}")
         copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
         if weights and not converted:
@@ -422,7 +422,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import first_line, open_shard, read_json, weight_files, weight_index
+    from shortv_llava.tensors import open_shard, read_json, weight_files, weight_index
 
     config = config_object(entries)
     with quiet():

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from shortv_llava.chat_templates import FORMATS, format_of
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.prompts import make_prompt, process
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
 
 def write_processor(
     base: Path, target: Path, config, chat_template: str | None = None, image_aspect_ratio: str = "base"
-) -> list[str]:
+) -> tuple[Any, list[str]]:
     """Write the processor files of the checkpoint `base` into `target`, put right, and try them.
 
     Args:
@@ -62,7 +62,7 @@ def write_processor(
         image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them.
 
     Returns:
-        What was put right, a line each.
+        The processor, None if there is no tokenizer or a library is missing, and what was put right, a line each.
 
     Raises:
         ShortVError: if the processor cannot be loaded, or gives no prompt with a picture.
@@ -73,7 +73,7 @@ def write_processor(
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     if not (target / "tokenizer_config.json").is_file():
-        return ["has no tokenizer, so its package has none and takes only token ids"]
+        return None, ["has no tokenizer, so its package has none and takes only token ids"]
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
@@ -87,7 +87,7 @@ def write_processor(
         processor = _load(target)
     except ImportError as error:
         if chat_template is None:
-            return [*notes, f"its processor could not be tried here: {_first_line(error)}"]
+            return None, [*notes, f"its processor could not be tried here: {first_line(error)}"]
         raise
     _find_image_token(processor, target, config)
     problem = problem_of(processor)
@@ -101,7 +101,7 @@ def write_processor(
                 break
     if problem:
         raise ShortVError(f"{base}: its chat template: {problem}; give one with --chat-template, a file or {_names()}")
-    return notes
+    return processor, notes
 
 
 def load_processor(folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"):
@@ -111,10 +111,10 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
         ShortVError: if there is none, or it gives no prompt with a picture.
         ImportError: if it needs a library that is missing, as torchvision.
     """
-    with _put_right(folder, chat_template, image_aspect_ratio) as (target, notes):
+    with _put_right(folder, chat_template, image_aspect_ratio) as (_, processor, notes):
         for note in notes:
             logger.warning(f"{folder}: {note}")
-        return _load(target)
+        return processor
 
 
 def outdated_files(folder: Path) -> list[str]:
@@ -123,8 +123,7 @@ def outdated_files(folder: Path) -> list[str]:
     Raises:
         ShortVError, ImportError: as for [`load_processor`].
     """
-    with _put_right(folder) as (target, _):
-        _load(target)
+    with _put_right(folder) as (target, _, _):
         wanted = {path: folder / path.relative_to(target) for path in files_like(target, PROCESSOR_PATTERNS)}
         return [path.name for path, own in wanted.items() if not own.is_file() or own.read_bytes() != path.read_bytes()]
 
@@ -132,8 +131,8 @@ def outdated_files(folder: Path) -> list[str]:
 @contextmanager
 def _put_right(
     folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"
-) -> Iterator[tuple[Path, list[str]]]:
-    """A folder for as long as it is used, with the processor files of a checkpoint put right, and the notes."""
+) -> Iterator[tuple[Path, Any, list[str]]]:
+    """A folder with the processor files of a checkpoint put right, for as long as it is used; processor and notes."""
     from shortv_llava.package import config_object, read_config
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -142,7 +141,9 @@ def _put_right(
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         shutil.copyfile(folder / "config.json", target / "config.json")
-        yield target, write_processor(folder, target, config, chat_template, image_aspect_ratio)
+        processor, notes = write_processor(folder, target, config, chat_template, image_aspect_ratio)
+        # Without the processor, loading it tells which library is missing.
+        yield target, _load(target) if processor is None else processor, notes
 
 
 def pads(processor) -> bool:
@@ -158,7 +159,7 @@ def problem_of(processor) -> str | None:
     try:
         prompt = make_prompt(processor, PROBE)
     except Exception as error:  # a template is a program
-        return f"it fails ({_first_line(error)})"
+        return f"it fails ({first_line(error)})"
     if (number := prompt.count(processor.image_token)) != 1:
         return f"it gives {number} image tokens for one picture"
     if PROBE not in prompt:
@@ -193,7 +194,7 @@ def _load(folder: Path):
     except Exception as error:  # broken files fail in ways that differ by version
         if (folder / "video_preprocessor_config.json").is_file() and not is_torchvision_available():
             raise ImportError("it needs torchvision: pip install torchvision") from error  # so only said by some
-        raise ShortVError(f"its processor cannot be loaded ({_first_line(error)})") from error
+        raise ShortVError(f"its processor cannot be loaded ({first_line(error)})") from error
 
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
@@ -296,7 +297,3 @@ def _write_template(folder: Path, template: str) -> None:
 
 def _names() -> str:
     return ", ".join(FORMATS)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from shortv_llava.conversion import is_original
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.model_card import is_edited, make_card, read_card
 from shortv_llava.package import (
     CARD_FILE,
@@ -53,12 +53,14 @@ from shortv_llava.package import (
     split_revision,
 )
 from shortv_llava.processors import files_like, outdated_files
-from shortv_llava.tensors import SINGLE_WEIGHT_FILES, first_line, listed_shards, weight_index
+from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards, weight_index
 
 logger = logging.getLogger(__name__)
 
 # A Space: the web page, what it imports, and the libraries to install beside Gradio, which the Hub brings.
-SPACE_FILES = {"app.py": "web.py"} | {f"shortv_llava/{name}": name for name in ("errors.py", "flops.py", "prompts.py")}
+SPACE_FILES = {"app.py": "web.py"} | {
+    f"shortv_llava/{name}": name for name in ("errors.py", "flops.py", "images.py", "prompts.py")
+}
 SPACE_REQUIREMENTS = "accelerate>=1.0\npillow>=10\ntorch>=2.6\ntransformers>=4.57\n"
 GRADIO_VERSION = "6.31.0"
 

@@ -1,7 +1,7 @@
 """A web page to talk to a ShortV model, with the dense model beside it.
 
-`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There errors.py,
-flops.py and prompts.py of this repository lie beside it; the model brings its own code from the Hub.
+`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There the modules
+that it imports from this repository lie beside it; the model brings its own code from the Hub.
 """
 
 import time
@@ -14,11 +14,12 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
+from shortv_llava.images import check_sides
 from shortv_llava.prompts import chat_system
 
 SHORTV, DENSE = "ShortV", "Dense model"
-MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
 
 
 def replacement_order(config) -> list[int]:
@@ -92,10 +93,11 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
             raise gr.Error("Ask something first.", print_exception=False)
         if processor.image_token in question:
             raise gr.Error(f"Leave {processor.image_token} out of the question.", print_exception=False)
-        if picture is not None and max(picture.size) > MAX_SIDES_RATIO * min(picture.size):
-            size = "{} x {}".format(*picture.size)
-            message = f"A picture of {size} pixels is too narrow: at most {MAX_SIDES_RATIO} to one."
-            raise gr.Error(message, print_exception=False)
+        if picture is not None:
+            try:
+                check_sides(picture, "The picture")
+            except ShortVError as error:
+                raise gr.Error(str(error), print_exception=False) from error
         updates = {}
         for side in (SHORTV, DENSE) if compare else (SHORTV,):
             content = [{"type": "text", "text": question.strip()}]
