@@ -199,6 +199,13 @@ def calibrate(
     images: Annotated[Path | None, typer.Option(help="Folder of the images that JSONL files name.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
     held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
+    draw: Annotated[
+        str,
+        typer.Option(
+            help="`random`: samples are drawn at random, as in the paper; `first`: the first of each source, as in the "
+            "release."
+        ),
+    ] = "random",
     seed: Annotated[int, typer.Option(help="Of the draw, of random layers and of the bootstrap.")] = 0,
     tokens: Annotated[
         list[str], typer.Option(help="`visual`, `text` or `all`; several are scored at once, the first chooses.")
@@ -285,10 +292,14 @@ def calibrate(
     from shortv_llava.processors import load_processor, pads
 
     data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
-    for name, values, known in (("--direction", [direction], Direction), ("--tokens", tokens, Tokens)):
+    for name, values, known in (
+        ("--direction", [direction], get_args(Direction)),
+        ("--tokens", tokens, get_args(Tokens)),
+        ("--draw", [draw], ("random", "first")),
+    ):
         for value in values:
-            if value not in get_args(known):
-                raise typer.BadParameter(f"{' or '.join(get_args(known))}, not {value!r}", param_hint=name)
+            if value not in known:
+                raise typer.BadParameter(f"{' or '.join(known)}, not {value!r}", param_hint=name)
     _check_aspect_ratio(image_aspect_ratio)
     check_output(output, overwrite)
     folder = find_checkpoint(base, vision_tower, base_weights)
@@ -300,10 +311,11 @@ def calibrate(
     budget = num_layers, fraction, flops_ratio, max_divergence
     choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
     choice.check(text_config.num_hidden_layers)
-    drawn = load_samples(data, images, samples + held_out, seed)
+    draw_seed = None if draw == "first" else seed
+    drawn = load_samples(data, images, samples + held_out, draw_seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     held_out_samples = [sample for group in groups for sample in group[samples:]]
-    fit_on = fit_samples(data, images, correction_samples, seed, held_out_samples) if rank else []
+    fit_on = fit_samples(data, images, correction_samples, draw_seed, held_out_samples) if rank else []
     if rank and not fit_on:
         found = "every picture is a held-out one, and none is left to fit corrections on"
         if correction_rank is not None or strategy == "corrected-lc":
@@ -315,6 +327,7 @@ def calibrate(
     settings = {
         "base": base if not Path(base).is_dir() else Path(base).resolve().name,
         "data": [Path(source).name for source in data],
+        "draw": draw,
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
         "image_aspect_ratio": "pad" if pads(processor) else "base",

@@ -26,7 +26,8 @@ from shortv_llava.package import (
 from shortv_llava.processors import files_like
 
 PAPER = "https://arxiv.org/abs/2504.00502"
-DATASETS = {"gqa": "lmms-lab/GQA", "flickr30k": "lmms-lab/flickr30k"}  # by their names in calibration settings
+# By their names in calibration settings.
+DATASETS = {"gqa": "lmms-lab-encoder/GQA", "flickr30k": "lmms-lab-encoder/flickr30k"}
 # What the paper reports for its layers: mean score, of the dense model's, and speed-up of the first token.
 PAPER_FIGURES = {
     "llava-1.5-7b": ("99.0%", "1.30x"),

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def write_processor(
         config: the checkpoint's configuration, ShortV's.
         chat_template: a name of FORMATS or a file; by default the checkpoint's own, and where that takes no pictures
             the one that LLaVA tunes such a language model with.
-        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them.
+        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them;
+            `crop` to have them cropped where it pads them; `base` to leave them to it.
 
     Returns:
         The processor, None if there is no tokenizer or a library is missing, and what was put right, a line each.
@@ -77,9 +79,10 @@ def write_processor(
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
-    if image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
+    if image_aspect_ratio in ("pad", "crop") and family in PADDED_FAMILIES:
+        change = partial(_pad, notes=notes) if image_aspect_ratio == "pad" else _crop
         for name in ("preprocessor_config.json", "processor_config.json"):
-            _edit(target / name, lambda settings: _pad(settings, notes))
+            _edit(target / name, change)
     template = None if chat_template is None else _read_template(chat_template)
     if template is not None:
         _write_template(target, template)
@@ -261,6 +264,13 @@ def _pad(settings: dict, notes: list[str]) -> None:
     if kind.startswith("CLIP") and settings.get("do_center_crop", True):
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         notes.append("pictures are padded to squares, as LLaVA-1.5's are; --image-aspect-ratio base crops them")
+
+
+def _crop(settings: dict) -> None:
+    settings = settings.get("image_processor", settings)
+    kind = settings.get("image_processor_type", "")
+    if kind.startswith("LlavaImageProcessor") and settings.get("do_center_crop", True):
+        settings["do_pad"] = False
 
 
 def _templates(processor, config) -> list[tuple[str, str]]:

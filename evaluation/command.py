@@ -1,18 +1,18 @@
 """`shortv evaluate`: from options to answers, a table, results.json, a plot and the model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import PartialState
-from rich.console import Console
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import report
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.questions import Question, read_questions
-from shortv_llava.evaluation.run import choose_variants, evaluate
-from shortv_llava.evaluation.scoring import check_references
-from shortv_llava.evaluation.tasks import TASKS
+from shortv_llava.evaluation.run import Result, answers_file, choose_variants, evaluate
+from shortv_llava.evaluation.scoring import check_references, headline_name, of_subset
+from shortv_llava.evaluation.tasks import TASKS, Task
 from shortv_llava.model_card import write_card
 from shortv_llava.package import load, read_config
 
@@ -78,13 +78,15 @@ def run(
     if compare and numbers:
         raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
     task = TASKS.get(data.task)
-    metric, metric_kwargs = (task.metric, task.metric_kwargs) if task else (data.metric, {})
+    metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
+    subset = task.subset if task else None
     if card is not None:
         read_config(card)
         if metric is None or numbers:
             raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
     questions = data.load()
     if metric is not None:
+        check_references(metric, of_subset(questions, subset))
         check_references(metric, questions)
 
     loading = dict(loading or {})
@@ -98,28 +100,34 @@ def run(
         answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)
     model_id = base if not Path(base).is_dir() else Path(base).resolve().name
-    results = evaluate(answerer, questions, variants, output, model_id, metric, **metric_kwargs)
+    results = evaluate(answerer, questions, variants, output, model_id, metric, subset, **scoring)
     if not PartialState().is_main_process:
         return
 
     name = data.task or data.questions.stem
-    about = {"model": model_id, "data": name, "metric": metric, "questions": len(questions)}
-    report.write_results(output / "results.json", results, **about, settings=answerer.settings)
-    console = Console()
-    console.print(report.table(results, title=f"{name}, {len(questions)} questions", title_justify="left"))
-    if note := report.prefill_note(results):
-        console.print(note, highlight=False)
-    if len(results) == 1:
-        for score, value in results[0].scores.items():
-            console.print(f"{score}: {value:.2f}")
+    figure = headline_name(metric, results[0].scores, subset) if metric else None
+    about = {"model": model_id, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
+    note = task.hub_note if task and data.folder is None else None
+    report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
+    report.tell(results, f"{name}, {len(questions)} questions" + (f", score: {figure}" if figure else ""), note)
     if numbers:
-        report.draw_sweep(output / "sweep.png", results, f"{name}, {metric}" if metric else name)
-    for result in results if task and task.write_upload else ():
-        folder = output if len(results) == 1 else output / result.name
-        folder.mkdir(exist_ok=True)
-        console.print(f"to be scored elsewhere: {task.write_upload(questions, result.answers, folder)}")
+        report.draw_sweep(output / "sweep.png", results, f"{name}, {figure}" if figure else name)
+    if task:
+        _write_uploads(task, questions, results, output)
     if card is not None:
-        write_card(card, eval_results=report.card_results(results, name, metric))
+        write_card(card, eval_results=report.card_results(results, name, metric, figure))
+
+
+def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence[Result], output: Path) -> None:
+    """Write, or name, the files that are scored elsewhere."""
+    for result in results:
+        if task.write_upload is not None:
+            path = task.write_upload(questions, result.answers, output if len(results) == 1 else output / result.name)
+        elif task.metric is None:
+            path = output / answers_file(result.name, len(results))
+        else:
+            continue
+        print(f"to be scored elsewhere: {path}")
 
 
 def _numbers(sweep: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.evaluation.answering import Tokens
@@ -25,6 +26,19 @@ def table(results: Sequence[Result], **style) -> Table:
     for row in rows:
         found.add_row(*(row[str(column.header)] for column in found.columns))
     return found
+
+
+def tell(results: Sequence[Result], title: str, note: str | None = None) -> None:
+    """Print the table, a note on the data, what sharing prefixes saved and, of a single variant, all scores."""
+    console = Console()
+    console.print(table(results, title=title, title_justify="left"))
+    if note:
+        console.print(f"not LLaVA's own data: {note}", highlight=False, soft_wrap=True)
+    if saved := prefill_note(results):
+        console.print(saved, highlight=False)
+    if len(results) == 1:
+        for figure, value in results[0].scores.items():
+            console.print(f"{figure}: {value:.2f}")
 
 
 def _row(result: Result) -> dict[str, str]:
@@ -89,16 +103,17 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
         save_figure(figure, axes, unfinished)
 
 
-def card_results(results: Sequence[Result], data: str, metric: str) -> list[EvalResult]:
+def card_results(results: Sequence[Result], data: str, metric: str, score_name: str) -> list[EvalResult]:
     """The package's own score, and beside a dense model what it keeps of that one's, for the card's metadata.
 
     Args:
         data: name of the questions.
+        score_name: which of the metric's figures the headline is.
     """
-    own = results[-1]
-    values = {metric: own.headline}
+    own, figure = results[-1], f"{metric} {score_name}"
+    values = {figure: own.headline}
     if own is not results[0]:
-        values |= {f"{metric}, base model": results[0].headline, f"{metric}, % of base model": own.retention}
+        values |= {f"{figure}, base model": results[0].headline, f"{figure}, % of base model": own.retention}
     return [
         EvalResult(
             task_type="image-text-to-text",

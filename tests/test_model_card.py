@@ -19,7 +19,7 @@ from shortv_llava.package import PUBLISHED, package_config, write_package
 
 RESULT = EvalResult(
     task_type="visual-question-answering",
-    dataset_type="lmms-lab/GQA",
+    dataset_type="lmms-lab-encoder/GQA",
     dataset_name="GQA",
     dataset_split="testdev",
     metric_type="exact_match",
@@ -71,7 +71,7 @@ def test_published_layers(tmp_path, name, figures):
     assert "publish for this checkpoint" in card.text and f"{', '.join(map(str, model.replaced_layers))}." in card.text
     assert "were chosen on this checkpoint" not in card.text and "Scores of all layers" not in card.text
     assert "Meta Platforms" in card.text
-    assert card.data.datasets == ["lmms-lab/GQA", "lmms-lab/flickr30k"]
+    assert card.data.datasets == ["lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"]
     assert card.data.tags[:2] == ["custom_code", "shortv"]
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert (card.data.base_model, card.data.license) == (model.hf_id, "llama2")
@@ -89,7 +89,7 @@ def test_calibrated_layers(tmp_path):
     text = make_card(folder, "me/it").text
     for said in [
         *("(ids from 0): 31, 30.", "- samples: 20", "- seed: 3", "- strategy: lc", "KL(variant || model)"),
-        *("- data: lmms-lab/GQA, questions.jsonl", "| 31 | 1.562e-02 | layer |", "| 0 | 5.000e-01 |  |"),
+        *("- data: lmms-lab-encoder/GQA, questions.jsonl", "| 31 | 1.562e-02 | layer |", "| 0 | 5.000e-01 |  |"),
     ]:
         assert said in text
     assert "chosen on this checkpoint by their Layer Contribution" in text and "| LC of visual tokens |" in text
@@ -111,7 +111,7 @@ def test_calibrated_layers(tmp_path):
     for said in ["](lc_scores.png)", "](tradeoff.png)", "on 2 samples", "| **2** | **96.9%** | **2.00e-02 ± 1e-03** |"]:
         assert said in card.text
     assert "| 4 | 93.8% |" in card.text and "| 5 | 92" not in card.text
-    assert card.data.datasets == ["lmms-lab/GQA"]
+    assert card.data.datasets == ["lmms-lab-encoder/GQA"]
 
     settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
     folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
