@@ -109,7 +109,7 @@ def run(
     about = {"model": model_id, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
     note = task.hub_note if task and data.folder is None else None
     report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
-    report.tell(results, f"{name}, {len(questions)} questions" + (f", score: {figure}" if figure else ""), note)
+    report.tell(results, f"{name}, {len(questions)} questions", figure, note)
     if numbers:
         report.draw_sweep(output / "sweep.png", results, f"{name}, {figure}" if figure else name)
     if task:

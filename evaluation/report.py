@@ -28,10 +28,13 @@ def table(results: Sequence[Result], **style) -> Table:
     return found
 
 
-def tell(results: Sequence[Result], title: str, note: str | None = None) -> None:
-    """Print the table, a note on the data, what sharing prefixes saved and, of a single variant, all scores."""
+def tell(results: Sequence[Result], title: str, figure: str | None, note: str | None) -> None:
+    """Print the table, which `figure` its score is, a `note` on the data, what sharing prefixes saved, and of a single
+    variant all scores."""
     console = Console()
     console.print(table(results, title=title, title_justify="left"))
+    if figure:
+        console.print(f"score: {figure}", highlight=False)
     if note:
         console.print(f"not LLaVA's own data: {note}", highlight=False, soft_wrap=True)
     if saved := prefill_note(results):

@@ -16,7 +16,14 @@ from PIL import Image
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.run import Choice
-from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples
+from shortv_llava.calibrate.samples import (
+    draw,
+    embedded_samples,
+    fit_samples,
+    flickr30k_samples,
+    gqa_samples,
+    load_samples,
+)
 from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
@@ -287,6 +294,7 @@ class TestData:
         samples = gqa_samples(4, seed=1, repository=str(gqa))
         assert [sample.id for sample in samples] == [sample.id for sample in gqa_samples(4, 1, str(gqa))]
         assert len({sample.id for sample in samples}) == 4
+        assert [sample.id for sample in gqa_samples(4, None, str(gqa))] == ["0", "1", "2", "3"]
         for sample in samples:
             assert sample.question == f"Is it {sample.id}?\nAnswer the question using a single word or phrase."
             color = sample.image.convert("RGB").getpixel((0, 0))
@@ -303,6 +311,7 @@ class TestData:
             "filename": [f"{i}.jpg" for i in range(5)],
         }
         folder = self.write(tmp_path / "flickr30k", {"default": columns}, "test", datasets)
+        assert [sample.id for sample in flickr30k_samples(3, None, str(folder))] == ["0", "1", "2"]
         samples = flickr30k_samples(3, seed=0, repository=str(folder))
         assert len(samples) == 3
         for sample in samples:
@@ -320,6 +329,15 @@ class TestData:
         samples = embedded_samples()
         assert draw(samples, 5, seed=3) == draw(samples, 9, seed=3)[:5]
         assert draw(samples, 5, seed=3) != draw(samples, 5, seed=4)
+        assert draw(samples, 5, seed=None) == samples[:5]
+
+    def test_the_first_of_a_source(self):
+        """As the harness takes them with a limit; held-out ones follow, and corrections are fitted on neither."""
+        samples = embedded_samples()
+        drawn = load_samples(["shapes"], None, 5, seed=None)
+        assert [sample.id for sample in drawn] == [f"shapes/{sample.id}" for sample in samples[:5]]
+        fitted = fit_samples(["shapes"], None, 4, None, held_out=drawn[3:])
+        assert [sample.id for sample in fitted] == [f"shapes/{samples[n].id}" for n in (0, 1, 2, 5)]
 
     @pytest.mark.parametrize("leaves_out", [True, False])
     def test_vicunas_sentence_stands_once(self, processor, leaves_out, monkeypatch):

@@ -293,6 +293,14 @@ class TestPictures:
             assert not pads(processor)
         assert pads(package(image_aspect_ratio="pad", overwrite=True))
 
+    def test_cropped_where_the_base_pads(self, base, package, tmp_path):
+        """As Q-Bench's script does with a checkpoint of any padding: CLIP's processing and no other."""
+        package(image_aspect_ratio="pad")
+        processor = load_processor(tmp_path / "package", image_aspect_ratio="crop")
+        assert not pads(processor) and not pads(load_processor(base, image_aspect_ratio="crop"))
+        images = [load.image_processor(picture(), return_tensors="np") for load in (processor, load_processor(base))]
+        assert np.array_equal(*(each["pixel_values"] for each in images))
+
     def test_what_does_not_crop_stays(self, base):
         settings = {"do_center_crop": None, "crop_size": None, "size": {"height": 28, "width": 28}}
         edit(base / "preprocessor_config.json", image_processor_type="SiglipImageProcessor", **settings)
