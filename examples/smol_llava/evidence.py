@@ -49,6 +49,7 @@ SEEDS = 5
 CORRECTED = 10, 4  # pictures, and questions about each: samples for LC with a correction
 FITTED_ON = 160, 20  # pictures to fit corrections on, and how many go through the layers at once
 RANK = 64
+MIXES = (0, 30), (12, 18), (20, 10)  # whole layers, and FFNs alone beside them
 TABLE7_LAYERS = 18  # of 30: the default fraction
 
 
@@ -377,7 +378,7 @@ class Evidence:
     def corrected_blocks(self, rank: int) -> None:
         """FFNs frozen alone, beside whole layers or in place of them, plain and corrected."""
         rows, order = [], lowest(self.corrected_lc()[1].mean(0).tolist())
-        for whole, alone in ((0, len(order)), (12, 18), (20, 10)):
+        for whole, alone in MIXES:
             for now in (0, rank):
                 units = Units(self.model.config, "block", now)
                 units.tokens = self.prompt_tokens
