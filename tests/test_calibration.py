@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import shortv_here
 from PIL import Image
 
 from shortv_llava.calibrate.cost import CostMeter
@@ -63,7 +64,8 @@ def processor():
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("calibrated") / "package"
-    done = run(output, "--tokens", "visual,text", "--granularity", "auto")
+    options = ("--tokens", "visual,text", "--granularity", "auto")
+    done = shortv_here("calibrate", CHECKPOINT, "--output", output, *QUICK, *options)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -320,7 +322,7 @@ class TestData:
 
     @pytest.mark.parametrize("source", ["gqa", "flickr30k"])
     def test_out_of_reach(self, tmp_path, source):
-        done = run(tmp_path / "package", "--data", source)
+        done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "package", *QUICK, "--data", source)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "cannot be read" in done.stderr and "give data on this disk with --data" in done.stderr.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
