@@ -154,9 +154,11 @@ def _by_picture(load: Callable[..., list[Question]]) -> Callable[..., list[Quest
     """Questions with and without a picture are scored apart as well; LLaVA's script tells them by their prompts."""
 
     def load_both(*args) -> list[Question]:
-        apart = {True: {"subset": "image"}, False: {"subset": "text"}}
-        questions = [q._replace(details=q.details | apart[bool(q.images)]) for q in load(*args)]
-        return [q._replace(details=q.details | {"prompt": f"<image>\n{q.text}"}) if q.images else q for q in questions]
+        questions = []
+        for q in load(*args):
+            apart = {"subset": "image", "prompt": f"<image>\n{q.text}"} if q.images else {"subset": "text"}
+            questions.append(q._replace(details=q.details | apart))
+        return questions
 
     return load_both
 
