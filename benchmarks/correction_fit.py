@@ -50,8 +50,8 @@ def main(
     operations = pictures * sweep_operations(ours.config.text_config, shape, text_tokens, number)
     rate = operations / (seconds - closed_form)
     print(
-        f"{model}, {number} of {shape.num_layers} layers, {pictures} pictures: {seconds:.1f} s, of these "
-        f"{closed_form:.1f} s for the closed form; {rate / 1e9:.0f} GFLOP/s"
+        f"{model}, {number} of {shape.num_layers} layers, {pictures} picture{'s' * (pictures != 1)}: {seconds:.1f} s, "
+        f"of these {closed_form:.1f} s for the closed form; {rate / 1e9:.0f} GFLOP/s"
     )
 
     text_config = make_pair(other, "meta")[1].config.text_config
