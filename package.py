@@ -47,6 +47,11 @@ OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.j
 BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
 BY_HAND |= {"corrections": {}}
 CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
+LOADING_FAULTS = {  # as transformers reports them, and in words
+    "missing_keys": "{} missing keys in the weights",
+    "unexpected_keys": "{} unexpected keys in the weights",
+    "mismatched_keys": "its weights do not fit its config.json, {} by their shape",
+}
 
 
 class PublishedModel(NamedTuple):
@@ -422,7 +427,6 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import open_shard, read_json, weight_files, weight_index
 
     config = config_object(entries)
     with quiet():
@@ -431,24 +435,57 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
                 next(c for c in MODEL_CLASSES if c.config_class is type(config))(config)
         except Exception as error:  # configurations of other models fail in ways that differ by version
             raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
-        if not weights:
-            return
-        held = set()
-        for path in weight_files(folder):
-            with open_shard(path) as tensors:  # reads headers, which must fit the file's size
-                if not tensors:
-                    raise ShortVError(f"{path}: holds no tensors; get the file again")
-                held |= tensors.keys()
-        if index := weight_index(folder):  # transformers 4 believes what it names
-            missing = sorted(read_json(index)["weight_map"].keys() - held)
-            if missing:
-                raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
-        try:
-            load_model(folder, device_map="meta")
-        except ShortVError:
-            raise
-        except Exception as error:  # tensors of other shapes fail in ways that differ by version
-            raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
+    if weights:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
+    import torch
+
+    from shortv_llava import MODEL_CLASSES
+    from shortv_llava.tensors import read_json, stored_shapes, unpacked_shapes, weight_files, weight_index
+
+    entries = read_config(folder)
+    quantisation = entries.pop("quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        raise ShortVError(f"{folder}/config.json: quantization_config must be an object")
+    config = config_object(entries)
+    by_bitsandbytes = quantisation.get("quant_method") == "bitsandbytes"
+    shapes = stored_shapes(weight_files(folder))
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    if by_bitsandbytes:
+        shapes = unpacked_shapes(weight_files(folder), shapes)
+    # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
+    states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with quiet():
+        model, info = next(c for c in MODEL_CLASSES if c.config_class is type(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict=states,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    info["mismatched_keys"] = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if quantisation and not by_bitsandbytes:
+        # Other libraries put parts of their own in place of a linear layer's weight, or beside it.
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        parts = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] in linear}
+        quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
+        info = {kind: set(info[kind]) - parts - quantised for kind in LOADING_FAULTS}
+    _check_loading(folder, info)
+
+
+def _check_loading(folder: Path, info: dict) -> None:
+    """Raises ShortVError if tensors are missing, left over or of another shape, as transformers reports it."""
+    for kind, fault in LOADING_FAULTS.items():
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise ShortVError(f"{folder}: {fault.format(len(info[kind]))}, such as {first}; get the files again")
 
 
 @contextmanager
@@ -509,10 +546,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
-            raise ShortVError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {first}")
+    _check_loading(folder, info)
     return model.eval()
 
 
