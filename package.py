@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
+EVALUATION_FILE = "evaluation.json"  # scores, for the card
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # What an adapter consists of, and LLaVA's projector alone, which is told apart.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
@@ -209,6 +210,9 @@ def hub_reason(error: BaseException) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
+    texts = [str(cause) for cause in causes]
+    if any(re.search("xet-(read|write)-token", text) and re.search(r"\b(404|405|501)\b", text) for text in texts):
+        return "this Hub does not speak Xet; set HF_HUB_DISABLE_XET=1 and run this again"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set; unset it and run this again"
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
@@ -234,6 +238,8 @@ def hub_reason(error: BaseException) -> str:
     if status == 429:
         seconds = answer.response.headers.get("Retry-After", "")
         return f"too many requests; run this again in {f'{seconds} seconds' if seconds.isdigit() else 'a few minutes'}"
+    if status in (405, 501):
+        return f"this Hub does not offer that ({said}); check HF_ENDPOINT, or use huggingface.co"
     if status >= 500:
         return f"the Hub failed ({said}); run this again"
     return f"the Hub refused ({said})"
@@ -311,6 +317,7 @@ def write_package(
     *,
     weights: bool = True,
     base_model: str | None = None,
+    license: str | None = None,
     vision_tower: str | None = None,
     base_weights: str | None = None,
     chat_template: str | None = None,
@@ -327,6 +334,7 @@ def write_package(
         base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
+        license: of the weights, for the model card, where the base does not tell.
         vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
         corrections: tensors of fitted corrections, by name, in place of those that the base may have.
@@ -339,7 +347,7 @@ def write_package(
         OSError: if writing fails; nothing is left then.
     """
     from shortv_llava.conversion import is_original, must_convert
-    from shortv_llava.model_card import base_metadata, write_card
+    from shortv_llava.model_card import base_metadata, read_card, write_card
     from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
 
     original, converted = is_original(base), must_convert(base)
@@ -356,6 +364,11 @@ def write_package(
             known = {key: value for key, value in known.items() if key not in CORRECTION}
         entries = package_config(known, **settings)
     check_output(output, overwrite, base)
+    card = read_card(output / CARD_FILE)
+    if card and card.data.eval_results:
+        measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
+        logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
+        card.data.eval_results = card.data.model_name = None
     if not converted:
         check_model(base, entries, weights)
     with replacing(output) as staging:
@@ -381,8 +394,7 @@ def write_package(
             shutil.copyfile(Path(__file__).parent / name, staging / name)
         if write_more is not None:
             write_more(staging)
-        metadata = base_metadata(base, base_model)
-        write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
 
 
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:

@@ -103,7 +103,12 @@ def score(metric: str, questions: Sequence[Question], answers: dict, **kwargs) -
 
 def headline(metric: str, scores: dict[str, float]) -> float:
     """The figure of [`score`] by which variants of a model are compared."""
-    return next(scores[name] for name in HEADLINES[metric] if name in scores)
+    return scores[headline_name(metric, scores)]
+
+
+def headline_name(metric: str, scores: dict[str, float]) -> str:
+    """Which of the figures of [`score`] that is."""
+    return next(name for name in HEADLINES[metric] if name in scores)
 
 
 def answers_of(questions: Sequence[Question], answers: dict) -> list[str]:

@@ -53,6 +53,7 @@ class Task(NamedTuple):
             is expected there, and returns its path. TextVQA has it for LLaVA's own scorer, which knows questions about
             one picture by the same id.
         metric_kwargs: constant arguments of the metric.
+        dataset: Hub id of its data.
         vicuna_system, image_aspect_ratio: as LLaVA's script for it has them.
     """
 
@@ -62,6 +63,7 @@ class Task(NamedTuple):
     load: Callable[[Path | None], list[Question]]
     write_upload: Callable[[list[Question], dict, Path], Path] | None
     metric_kwargs: dict
+    dataset: str
     vicuna_system: str = TUNING_SYSTEM
     image_aspect_ratio: str = "pad"
 
@@ -70,13 +72,15 @@ def _task(
     name: str,
     metric: str | None,
     max_new_tokens: int,
-    hub: Callable[[], list[Question]],
+    hub: "partial[list[Question]]",
     folder: Callable[[Path], list[Question]],
     upload: tuple[str, Callable[[uploads.Answered], str | bytes]] | None = None,
+    by_picture: bool = False,
     **metric_kwargs,
 ) -> Task:
     write = None if upload is None else partial(uploads.write_upload, *upload)
-    return Task(name, metric, max_new_tokens, partial(_load, name, hub, folder), write, metric_kwargs)
+    load, dataset = partial(_load, name, hub, folder), hub.args[0].repository  # of `_table`'s Table
+    return Task(name, metric, max_new_tokens, _by_picture(load) if by_picture else load, write, metric_kwargs, dataset)
 
 
 def _load(name: str, hub, folder, root: Path | None) -> list[Question]:
@@ -139,11 +143,11 @@ def _scienceqa_row(row: dict) -> Question:
     return Question(row["number"], text, reference=reference, details=details)
 
 
-def _by_picture(load: Callable[..., list[Question]]) -> Callable[..., list[Question]]:
+def _by_picture(load: Callable[[Path | None], list[Question]]) -> Callable[[Path | None], list[Question]]:
     """Questions with and without a picture are scored apart as well, as LLaVA does."""
 
-    def load_both(*args) -> list[Question]:
-        return [q._replace(details=q.details | {"subset": "image" if q.images else "text"}) for q in load(*args)]
+    def load_both(root: Path | None) -> list[Question]:
+        return [q._replace(details=q.details | {"subset": "image" if q.images else "text"}) for q in load(root)]
 
     return load_both
 
@@ -317,7 +321,7 @@ def _q_bench_folder(root: Path) -> list[Question]:
 # --- The tasks -------------------------------------------------------------------------------------------------------
 
 
-def _table(make: Callable[[dict], Question], *table, **options) -> Callable[[], list[Question]]:
+def _table(make: Callable[[dict], Question], *table, **options) -> "partial[list[Question]]":
     return partial(table_questions, Table(*table, **options), make)
 
 
@@ -361,8 +365,9 @@ TASKS: dict[str, Task] = {
             name="scienceqa",
             metric="multiple_choice",
             max_new_tokens=1024,
-            hub=_by_picture(_table(_scienceqa_row, "lmms-lab/ScienceQA", "test", "ScienceQA-FULL")),
-            folder=_by_picture(_scienceqa_folder),
+            hub=_table(_scienceqa_row, "lmms-lab/ScienceQA", "test", "ScienceQA-FULL"),
+            folder=_scienceqa_folder,
+            by_picture=True,
         ),
         _task(
             name="textvqa",
