@@ -476,7 +476,7 @@ def _frozen(config) -> str:
 def _intro(config, name: str, data: ModelCardData) -> str:
     base = _link(data.base_model) if data.base_model else "A LLaVA checkpoint"
     frozen, ratio = _frozen(config), flops_ratio(config)
-    title = f"# {name.split('/')[-1]}\n\n"
+    title = f"# {' '.join(name.split('/')[-1].split())}\n\n"
     if not frozen:
         return f"{title}{base} packaged for [ShortV]({PAPER}), with no layer replaced: it answers as its base does."
     changed = "No weight is changed and nothing is trained."
