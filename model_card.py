@@ -209,15 +209,14 @@ def make_card(
     Raises:
         ShortVError: if the folder is no package, or its calibration settings or scores are none that a command wrote.
     """
-    entries = read_config(folder)
-    config, scores = config_object(entries), read_scores(folder)
+    config, scores = config_object(read_config(folder)), read_scores(folder)
     _check_calibration(folder, config.calibration or {})
     data = _metadata(config, name, existing, scores, known)
     if data.base_model and not data.get("base_model_relation"):
-        data.base_model_relation = "quantized" if entries.get("quantization_config") else "finetune"
+        data.base_model_relation = "quantized" if _quantised_by(config) else "finetune"
     texts = [
         _intro(config, name, data),
-        _use(name, tag, space),
+        _use(config, name, tag, space),
         _layers(folder, config, data),
         _cost(folder, config, data),
         _evaluation(scores, data),
@@ -306,10 +305,10 @@ def base_metadata(base: Path, base_model: str | None = None, license: str | None
     if license:
         told |= {"license": license, "license_name": None, "license_link": None}
     relation = None
+    if not base_model and "shortv" in _listed(data.tags):  # a package of a package has its base
+        base_model, relation = told["base_model"], data.get("base_model_relation")
     if not base_model and (base_model := hub_id(base)):
         relation = "finetune"  # whatever the base is, it is not quantised on the way
-    elif not base_model and "shortv" in _listed(data.tags):  # a package of a package has its base
-        base_model, relation = told["base_model"], data.get("base_model_relation")
     return {
         **told,
         "base_model": base_model,
@@ -479,11 +478,14 @@ def _intro(config, name: str, data: ModelCardData) -> str:
     title = f"# {' '.join(name.split('/')[-1].split())}\n\n"
     if not frozen:
         return f"{title}{base} packaged for [ShortV]({PAPER}), with no layer replaced: it answers as its base does."
+    quantised = _quantised_by(config)
     changed = "No weight is changed and nothing is trained."
+    if quantised:
+        changed = f"The weights are quantised ({quantised}), and nothing is trained."
     if config.correction_rank:
-        changed = (
-            f"In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
-            "that update; it is fitted in closed form, and no weight of the base is changed."
+        changed += (
+            f" In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
+            "that update; it is fitted in closed form."
         )
     return (
         f"{title}{base}, made faster with [ShortV]({PAPER}): in {frozen} of the language model, visual tokens are "
@@ -494,8 +496,21 @@ def _intro(config, name: str, data: ModelCardData) -> str:
     )
 
 
-def _use(name: str, tag: str | None, space: str | None) -> str:
+def _quantised_by(config) -> str | None:
+    """What a package's weights are quantised by, such as `bitsandbytes, 4 bit`; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    method = str(settings.get("quant_method", "an unnamed method"))
+    width = next((f", {bits} bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return method + width
+
+
+def _use(config, name: str, tag: str | None, space: str | None) -> str:
     loaded = _quoted(name) + (f", revision={_quoted(tag)}" if tag else "")
+    needed = ["transformers", "accelerate", "pillow"]
+    if (_quantised_by(config) or "").startswith("bitsandbytes"):
+        needed.append("bitsandbytes")
     shown = f"Try it in [its Space](https://huggingface.co/spaces/{space}), or run it.\n\n" if space else ""
     messages = f"""messages = [
     {{
@@ -508,7 +523,7 @@ def _use(name: str, tag: str | None, space: str | None) -> str:
 ]"""
     return f"""## Use
 
-{shown}With `pip install transformers accelerate pillow` (transformers 4.57 or newer), through the pipeline:
+{shown}With `pip install {' '.join(needed)}` (transformers 4.57 or newer), through the pipeline:
 
 ```python
 from transformers import pipeline
@@ -677,7 +692,7 @@ def _evaluation(scores: Sequence[Score], data: ModelCardData) -> str:
             header += ["base model", "% of the base model's"]
         parts += [
             "Measured by `shortv evaluate`, for the base model with the same code, prompts and pictures; in brackets, "
-            f"where the figure lies with 95% confidence, by resampling the pictures. All of it: [{EVALUATION_FILE}]"
+            f"where the figure lies with 95% confidence, by resampling the pictures. All figures: [{EVALUATION_FILE}]"
             f"({EVALUATION_FILE}).",
             _table(header, [_scores_row(score)[: len(header)] for score in scores]),
         ]
