@@ -287,8 +287,8 @@ def test_demo(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["package", "--layers", "3"],
-        ["calibrate", "--layers", "3", "--data", "shapes", "--samples", "1", "--held-out", "1", "--correction-rank", "0"],
+        "package --layers 3".split(),
+        "calibrate --layers 3 --data shapes --samples 1 --held-out 1 --correction-rank 0".split(),
     ],
     ids=lambda command: command[0],
 )
