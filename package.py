@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
-from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
+from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, process_probe, write_processor
 
 logger = logging.getLogger(__name__)
 
@@ -377,7 +377,10 @@ def write_package(
             entries = package_config(read_config(staging), **settings)
         write_json(staging / "config.json", entries)
         source = staging if converted else base
-        _, notes = write_processor(source, staging, config_object(entries), chat_template, image_aspect_ratio)
+        config = config_object(entries)
+        processor, notes = write_processor(source, staging, config, chat_template, image_aspect_ratio)
+        if processor is not None:
+            check_pictures(base, model_without_weights(base, config), processor)
         for note in notes:
             logger.warning(f"{base}: {note}")
         copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
@@ -436,17 +439,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     Raises:
         ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
     """
-    import torch
-
-    from shortv_llava import MODEL_CLASSES
-
-    config = config_object(entries)
-    with quiet():
-        try:
-            with torch.device("meta"):
-                next(c for c in MODEL_CLASSES if c.config_class is type(config))(config)
-        except Exception as error:  # configurations of other models fail in ways that differ by version
-            raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
+    model_without_weights(folder, config_object(entries))
     if weights:
         _check_weights(folder)
 
@@ -498,6 +491,56 @@ def _check_loading(folder: Path, info: dict) -> None:
         if info[kind]:
             first = sorted(map(str, info[kind]))[0]
             raise ShortVError(f"{folder}: {fault.format(len(info[kind]))}, such as {first}; get the files again")
+
+
+def model_without_weights(folder: Path, config):
+    """The model of a configuration, that of the checkpoint `folder`, on the meta device.
+
+    Raises:
+        ShortVError: if it is none that ShortV knows.
+    """
+    import torch
+
+    from shortv_llava import MODEL_CLASSES
+
+    with quiet():
+        try:
+            with torch.device("meta"):
+                return next(c for c in MODEL_CLASSES if c.config_class is type(config))(config).eval()
+        except Exception as error:  # configurations of other models fail in ways that differ by version
+            raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
+
+
+def check_pictures(folder: Path, model, processor) -> None:
+    """See that the model takes a picture as the processor gives it, and makes of it what the prompt has room for.
+
+    Args:
+        folder: the checkpoint, for the message.
+        model: on the meta device, so that nothing is computed but shapes.
+
+    Raises:
+        ShortVError: if it does not.
+    """
+    import torch
+
+    if model.config.vision_config.model_type == "pixtral":  # computes with values, which are not there
+        return
+    inputs = process_probe(processor)
+    num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    try:
+        with torch.no_grad():
+            found = model.get_image_features(**pictures | {"pixel_values": pictures["pixel_values"].to("meta")})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # differ by version
+        problem = f"the model does not take its pictures ({first_line(error)})"
+    else:
+        num_features = sum(len(picture.flatten(0, -2)) for picture in getattr(found, "pooler_output", found))
+        if num_features == num_tokens:
+            return
+        problem = f"the model makes {num_features} visual tokens of a picture for which the prompt has {num_tokens}"
+    raise ShortVError(
+        f"{folder}: its processor does not fit config.json: {problem}; put preprocessor_config.json right"
+    )
 
 
 @contextmanager

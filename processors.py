@@ -45,6 +45,12 @@ PROCESSOR_CLASSES = {
 # Of these, transformers takes tokenizer.json as it stands, whatever class tokenizer_config.json names; it lists them in
 # MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. Of model types that it does not know, it would rebuild the tokenizer.
 TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "vipllava")
+# What cuts pictures into tiles; the other families take whatever gives one picture.
+IMAGE_PROCESSORS_OF_TILES = {
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_next_video": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+}
 PADDED_FAMILIES = ("llava", "vipllava")  # LLaVA-1.5 and its kin; later ones cut pictures into tiles
 PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
 
@@ -77,8 +83,10 @@ def write_processor(
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
-    if image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
-        for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if family in IMAGE_PROCESSORS_OF_TILES:
+            _edit(target / name, lambda settings: _cut_into_tiles(settings, config, notes))
+        elif image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
             _edit(target / name, lambda settings: _pad(settings, notes))
     template = None if chat_template is None else _read_template(chat_template)
     if template is not None:
@@ -165,13 +173,25 @@ def problem_of(processor) -> str | None:
     if PROBE not in prompt:
         return "it changes the question's text"
     tokenizer = processor.tokenizer
-    ids = process(processor, [prompt], [Image.new("RGB", (64, 48))])["input_ids"][0].tolist()
+    ids = process_probe(processor)["input_ids"][0].tolist()
     start = tokenizer.bos_token_id
     if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may have one
         if number > 1 or (number == 0 and tokenizer("a")["input_ids"][:1] == [start]):
             return f"its prompt starts with {number} beginning-of-sequence tokens"
     return None
+
+
+def process_probe(processor):
+    """Model inputs for a question about a picture.
+
+    Raises:
+        ShortVError: if the processor fails.
+    """
+    try:
+        return process(processor, [make_prompt(processor, PROBE)], [Image.new("RGB", (64, 48))])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # differ by version
+        raise ShortVError(f"its processor fails on a picture ({first_line(error)})") from error
 
 
 def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -255,9 +275,22 @@ def _find_image_token(processor, folder: Path, config) -> None:
     _edit(folder / "processor_config.json", lambda settings: settings.update(image_token=token))
 
 
+def _image_processor(settings: dict) -> tuple[dict, str]:
+    """Its settings, which transformers 5 writes into the processor's, and the class that they name."""
+    settings = settings.get("image_processor", settings)
+    return settings, settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+
+
+def _cut_into_tiles(settings: dict, config, notes: list[str]) -> None:
+    settings, kind = _image_processor(settings)
+    wanted = IMAGE_PROCESSORS_OF_TILES[config.model_type.removeprefix("shortv_")]
+    if kind and not kind.startswith(wanted.removesuffix("ImageProcessor")):
+        settings |= {"image_processor_type": wanted, "image_grid_pinpoints": config.image_grid_pinpoints}
+        notes.append(f"pictures: the settings named {kind}, which cuts no tiles; they get {wanted}")
+
+
 def _pad(settings: dict, notes: list[str]) -> None:
-    settings = settings.get("image_processor", settings)  # as transformers 5 writes it
-    kind = settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+    settings, kind = _image_processor(settings)
     if kind.startswith("CLIP") and settings.get("do_center_crop", True):
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         notes.append("pictures are padded to squares, as LLaVA-1.5's are; --image-aspect-ratio base crops them")

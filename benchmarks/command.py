@@ -5,6 +5,7 @@ import typer
 from shortv_llava.benchmarks import (
     calibration,
     conversion,
+    correction_fit,
     decoding,
     prefill,
     shared_prefix,
@@ -16,5 +17,15 @@ from shortv_llava.benchmarks import (
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for module in (prefill, decoding, calibration, shared_prefix, turns, conversion, vllm_prefill, vllm_load):
+for module in (
+    prefill,
+    decoding,
+    calibration,
+    shared_prefix,
+    turns,
+    conversion,
+    correction_fit,
+    vllm_prefill,
+    vllm_load,
+):
     app.command(module.__name__.split(".")[-1].replace("_", "-"))(module.main)

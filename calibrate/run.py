@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -265,8 +266,18 @@ class Run:
             self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
             bar = partial(self.progress, name="correction", unit="layer")
             inputs = (make_inputs(self.processor, [sample]).to(self.model.device) for sample in shared)
-            samples = [FitSample(self.model, each) for each in inputs]
+            samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(shared))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
+
+    def place_for_states(self, inputs, number: int) -> Path | None:
+        """The output folder, if the states of so many samples like this one would fill half of the free memory."""
+        first_dense_and_corrected = 3
+        size = self.model.config.text_config.hidden_size * self.model.dtype.itemsize
+        needed = first_dense_and_corrected * number * inputs["input_ids"].numel() * size
+        if needed <= psutil.virtual_memory().available / 2:
+            return None
+        self.journal.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.journal.path.parent
 
     def scores(self, choice: Choice, units: Units) -> np.ndarray:
         """LC (samples, sets of tokens, units); of corrected units behind the others, if they are to choose."""
