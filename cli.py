@@ -14,6 +14,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the package that the output folder holds.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
+BaseModel = Annotated[str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)]
+License = Annotated[
+    str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
+]
 VisionTower = Annotated[
     str | None,
     typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
@@ -72,9 +76,8 @@ def package(
     no_weights: Annotated[
         bool, typer.Option("--no-weights", help="Fetch no weights; publish with `shortv push --weights-from`.")
     ] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
-    ] = None,
+    base_model: BaseModel = None,
+    license: License = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
@@ -109,6 +112,7 @@ def package(
         overwrite,
         weights=not no_weights,
         base_model=base_model,
+        license=license,
         vision_tower=vision_tower,
         base_weights=base_weights,
         chat_template=chat_template,
@@ -128,12 +132,16 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
-    ] = None,
+    license: License = None,
     weights_from: Annotated[
         str | None,
         typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="A new tag for this version, as `v1.0`, which the card's snippets load.")
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="Put it into this collection too, `owner/title-0123456789abcdef`.")
     ] = None,
     space: Annotated[
         bool, typer.Option("--space", help="Publish a Space of the same id too: the page of `shortv chat --web`.")
@@ -148,8 +156,10 @@ def push(
 
         shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --weights-from llava-hf/llava-1.5-7b-hf
 
-        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --space
+        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --tag v1.0 --space
     """
+    if tag and create_pr:
+        raise typer.BadParameter("a pull request gets none; leave out --create-pr", param_hint="--tag")
     if space and (revision or create_pr):
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
@@ -165,11 +175,15 @@ def push(
         message=message,
         license=license,
         weights_from=weights_from,
+        tag=tag,
+        collection=collection,
+        space=space,
         dry_run=dry_run,
     )
-    _report(repo_id, pushed, dry_run)
+    _report(repo_id, pushed, dry_run, tag, collection)
     if space:
-        _report(f"spaces/{repo_id}", push_space(repo_id, private=private, message=message, dry_run=dry_run), dry_run)
+        options = {"private": private, "message": message, "collection": collection, "dry_run": dry_run}
+        _report(f"spaces/{repo_id}", push_space(repo_id, **options), dry_run, None, collection)
 
 
 def _check_aspect_ratio(value: str) -> None:
@@ -177,7 +191,7 @@ def _check_aspect_ratio(value: str) -> None:
         raise typer.BadParameter(f"pad or base, not {value!r}", param_hint="--image-aspect-ratio")
 
 
-def _report(name: str, pushed, dry_run: bool) -> None:
+def _report(name: str, pushed, dry_run: bool, tag: str | None, collection: str | None) -> None:
     from tqdm import tqdm
 
     for change in pushed.changes:
@@ -186,6 +200,9 @@ def _report(name: str, pushed, dry_run: bool) -> None:
         typer.echo(f"{name}: nothing has changed, so nothing was committed")
     else:
         typer.echo(f"{name}: nothing was changed, this was a dry run" if dry_run else f"committed: {pushed.url}")
+    for done, what in (("tagged", tag), ("in the collection", collection)):
+        if what:
+            typer.echo(f"{'would be ' * dry_run}{done}: {what}")
 
 
 @app.command()
@@ -246,6 +263,8 @@ def calibrate(
         float | None, typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
+    base_model: BaseModel = None,
+    license: License = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
@@ -347,6 +366,8 @@ def calibrate(
         overwrite,
         chat_template,
         fit_on,
+        base_model,
+        license,
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
     corrected = f"; {len(result.corrections)} corrected" if result.corrections else ""

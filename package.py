@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
+EVALUATION_FILE = "evaluation.json"  # scores, for the card
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # What an adapter consists of, and LLaVA's projector alone, which is told apart.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
@@ -47,6 +48,11 @@ OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.j
 BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
 BY_HAND |= {"corrections": {}}
 CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
+LOADING_FAULTS = {  # as transformers reports them, and in words
+    "missing_keys": "{} missing keys in the weights",
+    "unexpected_keys": "{} unexpected keys in the weights",
+    "mismatched_keys": "its weights do not fit its config.json, {} by their shape",
+}
 
 
 class PublishedModel(NamedTuple):
@@ -204,6 +210,9 @@ def hub_reason(error: BaseException) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
+    texts = [str(cause) for cause in causes]
+    if any(re.search("xet-(read|write)-token", text) and re.search(r"\b(404|405|501)\b", text) for text in texts):
+        return "this Hub does not speak Xet; set HF_HUB_DISABLE_XET=1 and run this again"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set; unset it and run this again"
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
@@ -229,6 +238,8 @@ def hub_reason(error: BaseException) -> str:
     if status == 429:
         seconds = answer.response.headers.get("Retry-After", "")
         return f"too many requests; run this again in {f'{seconds} seconds' if seconds.isdigit() else 'a few minutes'}"
+    if status in (405, 501):
+        return f"this Hub does not offer that ({said}); check HF_ENDPOINT, or use huggingface.co"
     if status >= 500:
         return f"the Hub failed ({said}); run this again"
     return f"the Hub refused ({said})"
@@ -306,6 +317,7 @@ def write_package(
     *,
     weights: bool = True,
     base_model: str | None = None,
+    license: str | None = None,
     vision_tower: str | None = None,
     base_weights: str | None = None,
     chat_template: str | None = None,
@@ -322,6 +334,7 @@ def write_package(
         base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
+        license: of the weights, for the model card, where the base does not tell.
         vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
         corrections: tensors of fitted corrections, by name, in place of those that the base may have.
@@ -334,7 +347,7 @@ def write_package(
         OSError: if writing fails; nothing is left then.
     """
     from shortv_llava.conversion import is_original, must_convert
-    from shortv_llava.model_card import base_metadata, write_card
+    from shortv_llava.model_card import base_metadata, read_card, write_card
     from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
 
     original, converted = is_original(base), must_convert(base)
@@ -351,6 +364,11 @@ def write_package(
             known = {key: value for key, value in known.items() if key not in CORRECTION}
         entries = package_config(known, **settings)
     check_output(output, overwrite, base)
+    card = read_card(output / CARD_FILE)
+    if card and card.data.eval_results:
+        measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
+        logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
+        card.data.eval_results = card.data.model_name = None
     if not converted:
         check_model(base, entries, weights)
     with replacing(output) as staging:
@@ -379,8 +397,7 @@ def write_package(
             shutil.copyfile(Path(__file__).parent / name, staging / name)
         if write_more is not None:
             write_more(staging)
-        metadata = base_metadata(base, base_model)
-        write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
 
 
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
@@ -422,28 +439,58 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     Raises:
         ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
     """
-    from shortv_llava.tensors import open_shard, read_json, weight_files, weight_index
-
     model_without_weights(folder, config_object(entries))
-    if not weights:
-        return
+    if weights:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
+    import torch
+
+    from shortv_llava import MODEL_CLASSES
+    from shortv_llava.tensors import read_json, stored_shapes, unpacked_shapes, weight_files, weight_index
+
+    entries = read_config(folder)
+    quantisation = entries.pop("quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        raise ShortVError(f"{folder}/config.json: quantization_config must be an object")
+    config = config_object(entries)
+    by_bitsandbytes = quantisation.get("quant_method") == "bitsandbytes"
+    shapes = stored_shapes(weight_files(folder))
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    if by_bitsandbytes:
+        shapes = unpacked_shapes(weight_files(folder), shapes)
+    # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
+    states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with quiet():
-        held = set()
-        for path in weight_files(folder):
-            with open_shard(path) as tensors:  # reads headers, which must fit the file's size
-                if not tensors:
-                    raise ShortVError(f"{path}: holds no tensors; get the file again")
-                held |= tensors.keys()
-        if index := weight_index(folder):  # transformers 4 believes what it names
-            missing = sorted(read_json(index)["weight_map"].keys() - held)
-            if missing:
-                raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
-        try:
-            load_model(folder, device_map="meta")
-        except ShortVError:
-            raise
-        except Exception as error:  # tensors of other shapes fail in ways that differ by version
-            raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
+        model, info = next(c for c in MODEL_CLASSES if c.config_class is type(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict=states,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    info["mismatched_keys"] = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if quantisation and not by_bitsandbytes:
+        # Other libraries put parts of their own in place of a linear layer's weight, or beside it.
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        parts = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] in linear}
+        quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
+        info = {kind: set(info[kind]) - parts - quantised for kind in LOADING_FAULTS}
+    _check_loading(folder, info)
+
+
+def _check_loading(folder: Path, info: dict) -> None:
+    """Raises ShortVError if tensors are missing, left over or of another shape, as transformers reports it."""
+    for kind, fault in LOADING_FAULTS.items():
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise ShortVError(f"{folder}: {fault.format(len(info[kind]))}, such as {first}; get the files again")
 
 
 def model_without_weights(folder: Path, config):
@@ -554,10 +601,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
-            raise ShortVError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {first}")
+    _check_loading(folder, info)
     return model.eval()
 
 

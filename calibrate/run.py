@@ -163,6 +163,8 @@ def calibrate(
     overwrite: bool = False,
     chat_template: str | None = None,
     fit_on: Sequence[Sample] = (),
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> Candidate:
     """Score the units of `model`, choose, measure the choice, and write the package `output`.
 
@@ -175,6 +177,7 @@ def calibrate(
         max_rows: rows that a layer takes at once, for small memories.
         chat_template: of the package, see [`write_package`].
         fit_on: for fitting corrections, if the choice has a rank for them.
+        base_model, license: for the model card, see [`write_package`].
 
     Raises:
         ShortVError: if the output must not be written, an unfinished calibration of other settings lies there, options
@@ -201,7 +204,8 @@ def calibrate(
         if run.state.is_main_process:
             overwrite = overwrite or run.journal.path.exists()
             ids = [sample.id for sample in held_out]
-            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template)
+            card = {"base_model": base_model, "license": license}
+            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template, card)
         run.state.wait_for_everyone()
     return candidates[best]
 
@@ -350,7 +354,17 @@ class Run:
 
 
 def _write(
-    base, output, overwrite, candidates: dict[str, Candidate], best, scored_as, held_out, choice, dtype, chat_template
+    base,
+    output,
+    overwrite,
+    candidates: dict[str, Candidate],
+    best,
+    scored_as,
+    held_out,
+    choice,
+    dtype,
+    chat_template,
+    card,
 ) -> None:
     """The package with the best candidate, what was found in calibration.json, pictures beside it, tables on screen."""
     taken = candidates[best]
@@ -405,7 +419,7 @@ def _write(
             report.draw_scores(folder / "lc_scores.png", series, taken.frozen)
             report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
 
-    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more}
+    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more, **card}
     write_package(base, output, overwrite, **options, **taken.frozen, **settings)
 
     console = Console()

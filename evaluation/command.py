@@ -13,8 +13,8 @@ from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import Result, answers_file, choose_variants, evaluate
 from shortv_llava.evaluation.scoring import check_references, headline_name, of_subset
 from shortv_llava.evaluation.tasks import TASKS, Task
-from shortv_llava.model_card import write_card
-from shortv_llava.package import load, read_config
+from shortv_llava.model_card import read_scores, record_score
+from shortv_llava.package import config_object, load, read_config
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
 
@@ -81,7 +81,8 @@ def run(
     metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
     subset = task.subset if task else None
     if card is not None:
-        read_config(card)
+        packaged = config_object(read_config(card))
+        read_scores(card)  # fails before the long work
         if metric is None or numbers:
             raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
     questions = data.load()
@@ -93,6 +94,8 @@ def run(
     if loading.get("image_aspect_ratio") is None:
         loading["image_aspect_ratio"] = task.image_aspect_ratio if task else "pad"
     loaded = load(base, **loading)
+    if card is not None and _computed(loaded.model.config) != _computed(packaged):
+        raise ShortVError(f"--card {card}: its layers are not those to be evaluated; leave out --card or the layers")
     variants = choose_variants(loaded.model.config, compare, numbers)
     if max_new_tokens is None:
         max_new_tokens = task.max_new_tokens if task else MAX_NEW_TOKENS
@@ -115,7 +118,15 @@ def run(
     if task:
         _write_uploads(task, questions, results, output)
     if card is not None:
-        write_card(card, eval_results=report.card_results(results, name, metric, figure))
+        dataset = task.dataset if task else None
+        loaded = next((f"loaded in {bits} bit" for bits in (4, 8) if loading.get(f"load_in_{bits}bit")), None)
+        number = len(of_subset(questions, subset))
+        record_score(card, report.card_score(results, name, dataset, figure, number, loaded))
+
+
+def _computed(config) -> tuple:
+    """What a configuration says of the layers that are not computed as in the base model."""
+    return config.frozen_layers(), config.correction_rank, config.corrected_layers
 
 
 def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence[Result], output: Path) -> None:

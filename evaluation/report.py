@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
-from huggingface_hub import EvalResult
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 from shortv_llava.evaluation.answering import Tokens
 from shortv_llava.evaluation.run import DENSE, Result
 from shortv_llava.figures import new_figure, save_figure
+from shortv_llava.model_card import Score
 from shortv_llava.outputs import replacing_file
 
 
@@ -106,26 +107,29 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
         save_figure(figure, axes, unfinished)
 
 
-def card_results(results: Sequence[Result], data: str, metric: str, score_name: str) -> list[EvalResult]:
-    """The package's own score, and beside a dense model what it keeps of that one's, for the card's metadata.
+def card_score(
+    results: Sequence[Result], data: str, dataset: str | None, figure: str, questions: int, note: str | None
+) -> Score:
+    """The package's score, beside a dense model what it keeps of that one's, for the package's evaluation.json.
 
     Args:
-        data: name of the questions.
-        score_name: which of the metric's figures the headline is.
+        results: the package's last; before it the dense model's, if that was evaluated.
+        data, dataset, note: as of [`Score`].
+        figure: which of the scores the headline is.
+        questions: how many that tells of.
     """
-    own, figure = results[-1], f"{metric} {score_name}"
-    values = {figure: own.headline}
-    if own is not results[0]:
-        values |= {f"{figure}, base model": results[0].headline, f"{figure}, % of base model": own.retention}
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=data,
-            dataset_name=data,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(value, 2),
-        )
-        for name, value in values.items()
-        if value is not None
-    ]
+    own, base = results[-1], results[0] if len(results) > 1 else None
+    return Score(
+        data=data,
+        dataset=dataset,
+        metric=figure,
+        questions=questions,
+        score=own.headline,
+        interval=own.interval,
+        base_score=base and base.headline,
+        base_interval=base and base.interval,
+        percent_of_base=own.retention,
+        percent_interval=own.retention_interval,
+        date=date.today().isoformat(),
+        note=note,
+    )

@@ -57,6 +57,7 @@ class Task(NamedTuple):
         write_upload: for those scored elsewhere from another file than LLaVA's answers file: writes questions and
             answers (by id) into a folder, as the file that is expected there, and returns its path.
         metric_kwargs: constant arguments of the metric.
+        dataset: Hub id of its data.
         subset: of its questions, by whose score papers compare; all if None.
         hub_note: how the Hub's tables differ from LLaVA's own set.
         vicuna_system, image_aspect_ratio: as LLaVA's script for it has them; `crop` for CLIP's crop to the middle.
@@ -68,6 +69,7 @@ class Task(NamedTuple):
     load: Callable[[Path | None], list[Question]]
     write_upload: Callable[[list[Question], dict, Path], Path] | None
     metric_kwargs: dict
+    dataset: str
     subset: str | None = None
     hub_note: str | None = None
     vicuna_system: str = TUNING_SYSTEM
@@ -78,13 +80,16 @@ def _task(
     name: str,
     metric: str | None,
     max_new_tokens: int,
-    hub: Callable[[], list[Question]],
+    hub: "partial[list[Question]]",
     folder: Callable[[Path], list[Question]],
     upload: tuple[str, Callable[[uploads.Answered], str | bytes]] | None = None,
+    by_picture: bool = False,
     **metric_kwargs,
 ) -> Task:
     write = None if upload is None else partial(uploads.write_upload, *upload)
-    return Task(name, metric, max_new_tokens, partial(_load, name, hub, folder), write, metric_kwargs)
+    load, dataset = partial(_load, name, hub, folder), hub.args[0].repository  # of `_table`'s Table
+    load, subset = (_by_picture(load), "image") if by_picture else (load, None)
+    return Task(name, metric, max_new_tokens, load, write, metric_kwargs, dataset, subset)
 
 
 def _load(name: str, hub, folder, root: Path | None) -> list[Question]:
@@ -150,12 +155,12 @@ def _scienceqa_question(id: int | str, text: str, problem: dict) -> Question:
     return Question(id, text, reference=ascii_uppercase[problem["answer"]], details={"choices": problem["choices"]})
 
 
-def _by_picture(load: Callable[..., list[Question]]) -> Callable[..., list[Question]]:
+def _by_picture(load: Callable[[Path | None], list[Question]]) -> Callable[[Path | None], list[Question]]:
     """Questions with and without a picture are scored apart as well; LLaVA's script tells them by their prompts."""
 
-    def load_both(*args) -> list[Question]:
+    def load_both(root: Path | None) -> list[Question]:
         questions = []
-        for q in load(*args):
+        for q in load(root):
             apart = {"subset": "image", "prompt": f"<image>\n{q.text}"} if q.images else {"subset": "text"}
             questions.append(q._replace(details=q.details | apart))
         return questions
@@ -335,7 +340,7 @@ def _q_bench_folder(root: Path) -> list[Question]:
 # --- The tasks -------------------------------------------------------------------------------------------------------
 
 
-def _table(make: Callable[[dict], Question], *table, **options) -> Callable[[], list[Question]]:
+def _table(make: Callable[[dict], Question], *table, **options) -> "partial[list[Question]]":
     return partial(table_questions, Table(*table, **options), make)
 
 
@@ -382,10 +387,11 @@ TASKS: dict[str, Task] = {
             name="scienceqa",
             metric="multiple_choice",
             max_new_tokens=1024,
-            hub=_by_picture(_table(_scienceqa_row, "lmms-lab-encoder/ScienceQA", "test", "ScienceQA-FULL")),
-            folder=_by_picture(_scienceqa_folder),
+            hub=_table(_scienceqa_row, "lmms-lab-encoder/ScienceQA", "test", "ScienceQA-FULL"),
+            folder=_scienceqa_folder,
+            by_picture=True,
             rule="scienceqa",
-        )._replace(subset="image"),
+        ),
         _task(
             name="textvqa",
             metric="vqa_accuracy",

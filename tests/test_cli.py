@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import shortv_here
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from shortv_llava.calibrate.samples import embedded_samples
@@ -264,3 +265,19 @@ def test_demo(tmp_path):
     answers = [map(str.strip, line.split("│")[3:5]) for line in done.stdout.splitlines() if ".png" in line]
     assert len(answers) == 6 and all(dense == ours for dense, ours in answers)
     assert "10 of 16 layers replaced: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "package --layers 3".split(),
+        "calibrate --layers 3 --data shapes --samples 1 --held-out 1 --correction-rank 0".split(),
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_a_local_base_does_not_tell_is_given(tmp_path, command):
+    output, told = tmp_path / "package", ["--base-model", "org/base", "--license", "mit"]
+    done = shortv_here(command[0], CHECKPOINT, *command[1:], *told, "--output", output)
+    assert done.returncode == 0, done.stderr
+    data = ModelCard.load(output / "README.md").data
+    assert (data.base_model, data.license) == ("org/base", "mit")

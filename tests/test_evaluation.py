@@ -23,6 +23,7 @@ from shortv_llava.evaluation.command import Data
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
 from shortv_llava.evaluation.tasks import TASKS
+from shortv_llava.model_card import read_card, read_scores
 from shortv_llava.package import load_model
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM
@@ -310,8 +311,16 @@ class TestCommand:
         dense, ours = found["results"]
         assert found["questions"] == 17 and ours["frozen"]["replaced_layers"] == LAYERS
         assert f"{ours['retention']:.1f} [" in done.stdout and f"{dense['headline']:.2f}" in done.stdout
-        text = (card / "README.md").read_text()
-        assert "model-index" in text and f"{round(ours['headline'], 2)}" in text
+        (score,) = read_scores(card)
+        assert (score.data, score.metric, score.questions, score.dataset) == ("questions", "accuracy", 17, None)
+        assert (score.score, score.base_score) == (ours["headline"], dense["headline"])
+        (result,) = read_card(card / "README.md").data.eval_results
+        assert result.metric_value == round(ours["headline"], 2)
+        low, high = ours["interval"]
+        assert (
+            f"| questions | 17 | accuracy | {ours['headline']:.2f} [{low:.2f}, {high:.2f}] |"
+            in read_card(card / "README.md").text
+        )
 
     def test_killed_and_in_two_processes_it_ends_the_same(self, package_folder, files, tmp_path):
         whole, cut, two = tmp_path / "whole", tmp_path / "cut", tmp_path / "two"
@@ -396,6 +405,15 @@ class TestTasks:
     def test_what_is_scored_elsewhere_is_named(self, evaluated, tmp_path, capsys):
         evaluated("mm_vet")
         assert f"to be scored elsewhere: {tmp_path / 'out' / 'mm_vet.json'}" in capsys.readouterr().out
+
+
+def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
+    given = Data(None, None, Path(files[1]), Path(files[3]), "gqa")
+    with pytest.raises(ShortVError, match="its layers are not those to be evaluated"):
+        evaluate_command.run(
+            str(package_folder), given, tmp_path / "out", card=package_folder, loading={"replaced_layers": "3"}
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
