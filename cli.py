@@ -390,7 +390,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     web: Annotated[
         bool,
-        typer.Option("--web", help="A web page instead, with the dense model beside; needs gradio, see the README."),
+        typer.Option("--web", help="A web page instead, with the dense model beside; `pip install gradio` first."),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
