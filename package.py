@@ -135,17 +135,25 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
     return converted
 
 
+def check_name(base: str) -> None:
+    """Raises [`ShortVError`] for what is neither a folder nor, by its form, a Hub id."""
+    if Path(base).is_dir():
+        return
+    repo_id, _ = split_revision(base)
+    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
+        raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
+
+
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     """The local folder of a checkpoint in either layout, as it is; from the Hub without its weights if so wanted.
 
     Raises:
         ShortVError: if there is no such folder, or the Hub does not give it.
     """
+    check_name(base)
     if Path(base).is_dir():
         return Path(base)
     repo_id, revision = split_revision(base)
-    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
-        raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -80,7 +80,7 @@ def write_processor(
     if image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
         for name in ("preprocessor_config.json", "processor_config.json"):
             _edit(target / name, lambda settings: _pad(settings, notes))
-    template = None if chat_template is None else _read_template(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     if template is not None:
         _write_template(target, template)
     try:
@@ -272,10 +272,12 @@ def _templates(processor, config) -> list[tuple[str, str]]:
     return found + ([(f"LLaVA's {name}", FORMATS[name].replace("<image>", processor.image_token))] if name else [])
 
 
-def _read_template(spec: str) -> str:
-    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`."""
-    from shortv_llava.tensors import read_json
+def read_template(spec: str) -> str:
+    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`.
 
+    Raises:
+        ShortVError: if there is none.
+    """
     if spec in FORMATS:
         return FORMATS[spec]
     path = Path(spec)
@@ -283,6 +285,8 @@ def _read_template(spec: str) -> str:
         raise ShortVError(f"--chat-template {spec}: no such file, and none of {_names()}")
     if path.suffix != ".json":
         return path.read_text(encoding="utf-8")
+    from shortv_llava.tensors import read_json
+
     template = read_json(path).get("chat_template")
     if not isinstance(template, str):
         raise ShortVError(f"{path}: has no text 'chat_template'")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.calibrate.contribution import Direction, dense, divergence
+from shortv_llava.calibrate import Direction
+from shortv_llava.calibrate.contribution import dense, divergence
 from shortv_llava.calibrate.correction import Factors, corrected
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.package import LAYER_LISTS

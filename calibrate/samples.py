@@ -13,6 +13,7 @@ from shortv_llava.evaluation.sources import Table, stream
 from shortv_llava.images import check_sides, open_image
 from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt, process
 
+NAMED = ("gqa", "flickr30k", "shapes")
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
 
 
@@ -23,6 +24,15 @@ class Sample(NamedTuple):
     image: Path | Image.Image
     question: str
     answer: str = ""
+
+
+def check_sources(sources: Sequence[str], images: Path | None) -> None:
+    """Raises [`ShortVError`] for a source of [`load_samples`] that cannot be there."""
+    for source in sources:
+        if source not in NAMED and images is None:
+            raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
+        if source not in NAMED and not Path(source).is_file():
+            raise ShortVError(f"{source}: no such file of questions, and none of {', '.join(NAMED)}")
 
 
 def load_samples(
@@ -37,6 +47,7 @@ def load_samples(
     Raises:
         ShortVError: if a source cannot be read or holds fewer samples.
     """
+    check_sources(sources, images)
     named = {"gqa": gqa_samples, "flickr30k": flickr30k_samples}
     samples = []
     for source in sources:
@@ -44,11 +55,9 @@ def load_samples(
             found = named[source](number, seed)
         elif source == "shapes":
             found = embedded_samples()
-        elif images is None:
-            raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
         else:
             found = question_samples(Path(source), images)
-        name = source if source in (*named, "shapes") else Path(source).name
+        name = source if source in NAMED else Path(source).name
         drawn = draw(found, min(number, len(found)) if at_most else number, seed, name)
         samples += [sample._replace(id=f"{name}/{sample.id}") for sample in drawn]
     return samples

@@ -1,19 +1,14 @@
 """`shortv evaluate`: from options to answers, a table, results.json, a plot and the model card."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import PartialState
-from rich.console import Console
-
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation import report
-from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.questions import Question, read_questions
-from shortv_llava.evaluation.run import choose_variants, evaluate
-from shortv_llava.evaluation.scoring import check_references
+from shortv_llava.evaluation.scoring import check_metric, check_references
 from shortv_llava.evaluation.tasks import TASKS
-from shortv_llava.model_card import write_card
+from shortv_llava.outputs import check_writable, only_one
 from shortv_llava.package import load, read_config
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
@@ -43,11 +38,34 @@ class Data(NamedTuple):
                 raise ShortVError(f"{name} goes with {'--task' if name == '--data' else '--questions'}")
         if self.questions is not None and self.images is None:
             raise ShortVError("--questions needs the folder of the pictures, --images DIR")
+        if self.metric is not None:
+            check_metric(self.metric)
+        for path in (self.folder, self.images):
+            if path is not None and not path.is_dir():
+                raise ShortVError(f"{path}: no such folder")
+        if self.questions is not None and not self.questions.is_file():
+            raise ShortVError(f"{self.questions}: no such file")
 
     def load(self) -> list[Question]:
         if self.task is not None:
             return TASKS[self.task].load(self.folder)
         return read_questions(self.questions, self.images)
+
+
+def check(
+    data: Data, output: Path, compare: bool = False, sweep: str | None = None, card: Path | None = None
+) -> None:
+    """Raises [`ShortVError`] if options, as for [`run`], contradict one another or the disk."""
+    data.check()
+    if sweep is not None:
+        _numbers(sweep)
+    if compare and sweep is not None:
+        raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
+    if card is not None:
+        read_config(card)
+        if sweep is not None or (TASKS[data.task].metric if data.task else data.metric) is None:
+            raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
+    check_writable(output)
 
 
 def run(
@@ -73,16 +91,18 @@ def run(
     Raises:
         ShortVError: if options contradict each other, data or references are missing, or `output` holds other answers.
     """
-    data.check()
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from shortv_llava.evaluation import report
+    from shortv_llava.evaluation.answering import Answerer
+    from shortv_llava.evaluation.run import choose_variants, evaluate
+    from shortv_llava.model_card import write_card
+
+    check(data, output, compare, sweep, card)
     numbers = _numbers(sweep) if sweep is not None else []
-    if compare and numbers:
-        raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
     task = TASKS.get(data.task)
     metric, metric_kwargs = (task.metric, task.metric_kwargs) if task else (data.metric, {})
-    if card is not None:
-        read_config(card)
-        if metric is None or numbers:
-            raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
     questions = data.load()
     if metric is not None:
         check_references(metric, questions)
@@ -98,7 +118,8 @@ def run(
         answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)
     model_id = base if not Path(base).is_dir() else Path(base).resolve().name
-    results = evaluate(answerer, questions, variants, output, model_id, metric, **metric_kwargs)
+    with only_one(output) if PartialState().is_main_process else nullcontext():
+        results = evaluate(answerer, questions, variants, output, model_id, metric, **metric_kwargs)
     if not PartialState().is_main_process:
         return
 
@@ -124,6 +145,9 @@ def run(
 
 def _numbers(sweep: str) -> list[int]:
     try:
-        return [int(number) for number in sweep.split(",")]
+        numbers = [int(number) for number in sweep.split(",")]
     except ValueError:
-        raise ShortVError(f"--sweep takes numbers of layers, as 8,16,24, not {sweep!r}") from None
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise ShortVError(f"--sweep takes numbers of layers, as 8,16,24, not {sweep!r}")
+    return numbers

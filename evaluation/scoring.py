@@ -32,6 +32,12 @@ SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module gives po
 RESAMPLES = 1000
 
 
+def check_metric(name: str) -> None:
+    """Raises [`ShortVError`] if there is no such metric."""
+    if name not in HEADLINES:
+        raise ShortVError(f"there is no metric {name!r}; there are {', '.join(sorted(HEADLINES))}")
+
+
 @cache
 def load_metric(name: str):
     """The metric of a module of `metrics/`.
@@ -39,8 +45,7 @@ def load_metric(name: str):
     Raises:
         ShortVError: if there is no such metric or the library is missing.
     """
-    if name not in HEADLINES:
-        raise ShortVError(f"there is no metric {name!r}; there are {', '.join(sorted(HEADLINES))}")
+    check_metric(name)
     try:
         import evaluate
     except ImportError as error:

@@ -15,9 +15,8 @@ from PIL import Image
 
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
-from shortv_llava.calibrate.run import Choice
 from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples
-from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of_layers
+from shortv_llava.calibrate.selection import Choice, Units, bootstrap, lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio

@@ -19,7 +19,8 @@ from transformers import LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
+from shortv_llava.calibrate import Granularity, Tokens
+from shortv_llava.calibrate.contribution import cosine_distance
 from shortv_llava.calibrate.correction import FitSample, fit_corrections, make_correction, set_corrections
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units, lowest
