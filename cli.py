@@ -635,7 +635,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"shortv: error: {' '.join(message.split())}", err=True)
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in " ".join(message.split()))
+    if len(line) > 1000:  # such as the name of a file of 5,000 letters
+        line = f"{line[:500]} … {line[-400:]}"
+    typer.echo(f"shortv: error: {line}", err=True)
     return 1
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
 
@@ -249,13 +250,10 @@ def read_config(folder: Path) -> dict:
         ShortVError: if there is none, or it is another model's.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it") from None
-    except (ValueError, OSError) as error:
-        raise ShortVError(f"{path}: cannot be read as JSON ({error})") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not path.is_file():
+        raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it")
+    config = read_json(path)
+    model_type = config.get("model_type")
     supported = [*MODEL_TYPES, *MODEL_TYPES.values()]
     if model_type not in supported:
         known = ", ".join(supported)
@@ -343,7 +341,7 @@ def write_package(
     """
     from shortv_llava.conversion import is_original, must_convert
     from shortv_llava.model_card import base_metadata, write_card
-    from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
+    from shortv_llava.tensors import weight_files, weight_index
 
     original, converted = is_original(base), must_convert(base)
     if converted and not weights:
@@ -430,7 +428,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import open_shard, read_json, weight_files, weight_index
+    from shortv_llava.tensors import open_shard, weight_files, weight_index
 
     config = config_object(entries)
     with quiet():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 from shortv_llava.prompts import make_prompt, process
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,6 @@ def _load(folder: Path):
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
     """Change the JSON object in a file; one that is empty stays unwritten."""
-    from shortv_llava.tensors import read_json, write_json
-
     before = read_json(path) if path.is_file() else {}
     after = json.loads(json.dumps(before))
     change(after)
@@ -285,8 +284,6 @@ def read_template(spec: str) -> str:
         raise ShortVError(f"--chat-template {spec}: no such file, and none of {_names()}")
     if path.suffix != ".json":
         return path.read_text(encoding="utf-8")
-    from shortv_llava.tensors import read_json
-
     template = read_json(path).get("chat_template")
     if not isinstance(template, str):
         raise ShortVError(f"{path}: has no text 'chat_template'")

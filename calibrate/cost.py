@@ -36,10 +36,10 @@ class CostMeter:
     def __init__(self, model, processor, samples: Sequence[Sample], direction: Direction = "release"):
         self.model, self.direction, self.prompts = model, direction, []
         for sample in samples:
-            prompt = make_inputs(processor, [sample])
+            prompt = make_inputs(processor, [sample], model.config)
             inputs, length = prompt, prompt["input_ids"].shape[1]
             if sample.answer:
-                answered = make_inputs(processor, [sample], answered=True)
+                answered = make_inputs(processor, [sample], model.config, answered=True)
                 if torch.equal(answered["input_ids"][:, :length], prompt["input_ids"]):
                     inputs = answered
             inputs = inputs.to(model.device)

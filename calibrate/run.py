@@ -33,7 +33,6 @@ from shortv_llava.calibrate.selection import Choice, Units, bootstrap
 from shortv_llava.errors import ShortVError
 from shortv_llava.outputs import JOURNAL, only_one
 from shortv_llava.package import LAYER_LISTS, check_output, write_package
-from shortv_llava.prompts import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,8 @@ class Run:
         with dense(self.model):
             self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
             bar = partial(self.progress, name="correction", unit="layer")
-            inputs = (make_inputs(self.processor, [sample]).to(self.model.device) for sample in shared)
+            config, device = self.model.config, self.model.device
+            inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in shared)
             samples = [FitSample(self.model, each) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
 
@@ -228,8 +228,7 @@ class Run:
             for start in range(0, len(missing), count):
                 found = []
                 for key in missing[start + rank : start + rank + 1]:
-                    inputs = make_inputs(self.processor, [keys[key]]).to(self.model.device)
-                    check_length(self.model.config, inputs["input_ids"].shape[1], f"sample {keys[key].id}")
+                    inputs = make_inputs(self.processor, [keys[key]], self.model.config).to(self.model.device)
                     found.append((key, compute(inputs).tolist()))
                 for key, values in gather_object(found) if count > 1 else found:
                     if not np.isfinite(values).all():

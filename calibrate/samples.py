@@ -11,7 +11,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
 from shortv_llava.images import check_sides, open_image
-from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt, process
+from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check_length, make_prompt, process
 
 NAMED = ("gqa", "flickr30k", "shapes")
 GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
@@ -117,7 +117,14 @@ def flickr30k_samples(number: int, seed: int, repository: str = FLICKR30K) -> li
 
 def question_samples(path: Path, images: Path) -> list[Sample]:
     """Samples from a file in LLaVA's question format, see [`read_questions`]."""
-    return [Sample(str(q.id), q.images[0], q.text, str(q.reference or "")) for q in read_questions(path, images)]
+    samples = []
+    for question in read_questions(path, images):
+        if not question.images:
+            raise ShortVError(f"{path}: question {question.id!r} is about no picture; leave it out of calibration")
+        answer = question.reference or ""
+        answer = answer if isinstance(answer, str) else answer[0]
+        samples.append(Sample(str(question.id), question.images[0], question.text, answer))
+    return samples
 
 
 def embedded_samples() -> list[Sample]:
@@ -139,14 +146,22 @@ def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the dat
     return random.Random(seed).sample(list(samples), len(samples))[:number]
 
 
-def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):
-    """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`."""
+def make_inputs(processor, samples: Sequence[Sample], config=None, answered: bool = False):
+    """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`.
+
+    Raises:
+        ShortVError: if a picture cannot be read, or one is longer than the context of the model with this `config`.
+    """
     prompts = [make_prompt(processor, sample.question) for sample in samples]
-    return process(
+    inputs = process(
         processor,
         [f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
         [_open(sample) for sample in samples],
     )
+    if config is not None:
+        for sample, length in zip(samples, inputs["attention_mask"].sum(dim=1).tolist()):
+            check_length(config, length, f"sample {sample.id}")
+    return inputs
 
 
 def _open(sample: Sample) -> Image.Image:

@@ -26,7 +26,7 @@ class Data(NamedTuple):
     def check(self) -> None:
         """Raises ShortVError if the options contradict one another."""
         if (self.task is None) == (self.questions is None):
-            raise ShortVError("give --task NAME, or --questions FILE.jsonl --images DIR")
+            raise ShortVError("give --task NAME, or --questions FILE.jsonl and its pictures' folder, --images DIR")
         if self.task is not None and self.task not in TASKS:
             raise ShortVError(f"there is no task {self.task!r}; there are {', '.join(sorted(TASKS))}")
         for name, value, partner in (
@@ -36,8 +36,6 @@ class Data(NamedTuple):
         ):
             if value is not None and partner is None:
                 raise ShortVError(f"{name} goes with {'--task' if name == '--data' else '--questions'}")
-        if self.questions is not None and self.images is None:
-            raise ShortVError("--questions needs the folder of the pictures, --images DIR")
         if self.metric is not None:
             check_metric(self.metric)
         for path in (self.folder, self.images):
