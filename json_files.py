@@ -17,8 +17,9 @@ def parse_json(data: bytes, where: str) -> Any:
         ShortVError: if it is no JSON, nested too deeply, or holds half a character, which no tokenizer takes.
     """
     try:
-        value = json.loads(data.decode("utf-8-sig"))
-        json.dumps(value, ensure_ascii=False).encode()
+        value = json.loads(data.decode())
+        if rb"\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise ShortVError(f"{where}: is no UTF-8; save it as UTF-8") from None
     except UnicodeEncodeError as error:

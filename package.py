@@ -428,7 +428,6 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import open_shard, weight_files, weight_index
 
     config = config_object(entries)
     with quiet():
@@ -439,22 +438,34 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
             raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
         if not weights:
             return
-        held = set()
-        for path in weight_files(folder):
-            with open_shard(path) as tensors:  # reads headers, which must fit the file's size
-                if not tensors:
-                    raise ShortVError(f"{path}: holds no tensors; get the file again")
-                held |= tensors.keys()
-        if index := weight_index(folder):  # transformers 4 believes what it names
-            missing = sorted(read_json(index)["weight_map"].keys() - held)
-            if missing:
-                raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
         try:
             load_model(folder, device_map="meta")
         except ShortVError:
             raise
         except Exception as error:  # tensors of other shapes fail in ways that differ by version
             raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
+
+
+def _check_files(folder: Path) -> None:
+    """See that what loading reads beside config.json is whole; of weights only the headers are read.
+
+    Raises:
+        ShortVError: if a file is missing, damaged or holds something else.
+    """
+    from shortv_llava.tensors import open_shard, weight_files, weight_index
+
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    held = set()
+    for path in weight_files(folder):
+        with open_shard(path) as tensors:  # headers must fit the file's size
+            if not tensors:
+                raise ShortVError(f"{path}: holds no tensors; get the file again")
+            held |= tensors.keys()
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - held)
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
 
 
 @contextmanager
@@ -512,6 +523,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             ],
         )
     model_type = _own_type(read_config(folder))
+    _check_files(folder)
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)

@@ -75,6 +75,7 @@ def write_processor(
             shutil.copyfile(path, copy)
     if not (target / "tokenizer_config.json").is_file():
         return None, ["has no tokenizer, so its package has none and takes only token ids"]
+    _check_files(base)
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
@@ -85,17 +86,18 @@ def write_processor(
     if template is not None:
         _write_template(target, template)
     try:
-        processor = _load(target)
+        processor = _load(target, base)
     except ImportError as error:
         if chat_template is None:
             return None, [*notes, f"its processor could not be tried here: {first_line(error)}"]
         raise
     _find_image_token(processor, target, config)
+    _try_picture(processor, base, config)
     problem = problem_of(processor)
     if problem and template is None:
         for name, candidate in _templates(processor, config):
             _write_template(target, candidate)
-            processor = _load(target)
+            processor = _load(target, base)
             if problem_of(processor) is None:
                 notes.append(f"its chat template: {problem}; it gets {name}, --chat-template gives another")
                 problem = None
@@ -144,7 +146,7 @@ def _put_right(
         shutil.copyfile(folder / "config.json", target / "config.json")
         processor, notes = write_processor(folder, target, config, chat_template, image_aspect_ratio)
         # Without the processor, loading it tells which library is missing.
-        yield target, _load(target) if processor is None else processor, notes
+        yield target, _load(target, folder) if processor is None else processor, notes
 
 
 def pads(processor) -> bool:
@@ -180,7 +182,20 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def _load(folder: Path):
+def _check_files(folder: Path) -> None:
+    for path in files_like(folder, PROCESSOR_PATTERNS):
+        if path.suffix == ".json":
+            read_json(path)
+    for kind, names in (
+        ("tokenizer", ("tokenizer.json", "*.model", "vocab.json")),
+        ("image processor", ("preprocessor_config.json", "processor_config.json")),
+    ):
+        if not files_like(folder, names):
+            raise ShortVError(f"{folder}: has no {kind} ({' or '.join(names)}); copy the files of the base model there")
+
+
+def _load(folder: Path, source: Path):
+    """The processor in a folder whose files come from `source`."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import is_torchvision_available
 
@@ -195,7 +210,10 @@ def _load(folder: Path):
     except Exception as error:  # broken files fail in ways that differ by version
         if (folder / "video_preprocessor_config.json").is_file() and not is_torchvision_available():
             raise ImportError("it needs torchvision: pip install torchvision") from error  # so only said by some
-        raise ShortVError(f"its processor cannot be loaded ({first_line(error)})") from error
+        reason = first_line(error).replace(str(folder), str(source)).split(". ")[0]
+        raise ShortVError(
+            f"{source}: its processor cannot be loaded ({reason}); copy the files of the base model there"
+        ) from error
 
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
@@ -252,6 +270,22 @@ def _find_image_token(processor, folder: Path, config) -> None:
         raise ShortVError(f"{folder}: its tokenizer has no token {wanted}, which stands for images by config.json")
     processor.image_token, processor.image_token_id = token, wanted
     _edit(folder / "processor_config.json", lambda settings: settings.update(image_token=token))
+
+
+def _try_picture(processor, source: Path, config) -> None:
+    """See that the processor takes a picture, and makes it as large as the vision tower wants it."""
+    try:
+        inputs = process(processor, [processor.image_token], [Image.new("RGB", (64, 48))])
+    except (TypeError, ValueError) as error:  # settings are missing, such as the token to pad with
+        raise ShortVError(
+            f"{source}: its processor fails ({first_line(error)}); copy the files of the base model there"
+        ) from error
+    vision, side = config.vision_config, inputs["pixel_values"].shape[-1]
+    if vision.model_type != "pixtral" and side != vision.image_size:
+        raise ShortVError(
+            f"{source}: its image processor makes pictures of {side} pixels, and its vision tower takes "
+            f"{vision.image_size}; copy the preprocessor_config.json of the base model there"
+        )
 
 
 def _pad(settings: dict, notes: list[str]) -> None:

@@ -109,7 +109,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
         raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     entries = []
     for number, line in enumerate(lines, start=1):
-        if not line.removeprefix(codecs.BOM_UTF8).strip():
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
             continue
         where = f"{path}, line {number}"
         entry = parse_json(line, where)
