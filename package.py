@@ -300,7 +300,7 @@ def check_output(output: Path, overwrite: bool, base: Path | None = None) -> Non
     """Refuse, before any work, an output folder that must not or cannot be written, see [`check_folder`]."""
     try:
         is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
-    except ShortVError:
+    except (ShortVError, OSError):  # which is told below
         is_package = False
     check_folder(output, overwrite, is_package, base)
 
