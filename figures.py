@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+FLOPS_AXIS = "FLOPs of a prefill, as a share of the model's with nothing frozen  (cheaper →)"
+
 
 def new_figure():
     """A figure and its axes."""
@@ -11,6 +13,14 @@ def new_figure():
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(7, 4), layout="constrained", facecolor="white")  # white: read on dark pages too
+
+
+def as_percent(axes) -> None:
+    """An axis of [`FLOPS_AXIS`], from the dense model on the left to cheaper ones."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.invert_xaxis()
 
 
 def save_figure(figure, axes, path: Path) -> None:

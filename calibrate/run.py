@@ -282,19 +282,24 @@ def _write(
             for name, candidate in candidates.items()
         },
     }
-    series, shares = {}, []
+    def by_block(values: dict) -> dict:
+        half = units.num_layers
+        attention = {f"{kind}, attention": both[:half] for kind, both in values.items()}
+        return attention | {f"{kind}, FFN": both[half:] for kind, both in values.items()}
+
+    series, intervals, shares = {}, {}, []
     if scores is not None:
         sets = [*scored_as["tokens"], f"{scored_as['tokens'][0]}, corrected"][: scores.shape[1]]
         means = dict(zip(sets, scores.mean(axis=0).tolist()))
         chooses = scores.shape[1] - 1 if choice.chosen_by == "corrected-lc" else 0
         saved = [units.saved(unit) for unit in range(len(units))]
-        intervals, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
-        details |= {"scores": means, "intervals": intervals.tolist(), "chosen_in": shares.tolist()}
-        series = means
+        details["scores"] = series = means
+        if len(scores) > 1:
+            found, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
+            details |= {"intervals": found.tolist(), "chosen_in": shares.tolist()}
+            intervals = {sets[chooses]: found.tolist()}
         if best == "block":
-            half = units.num_layers
-            series = {f"{kind}, attention": values[:half] for kind, values in means.items()}
-            series |= {f"{kind}, FFN": values[half:] for kind, values in means.items()}
+            series, intervals = by_block(series), by_block(intervals)
     scored = candidates["layer"].scores if "layer" in candidates else None
     lc_scores = None if scored is None else scored[:, 0].mean(axis=0).tolist()
     settings = {"lc_scores": lc_scores, "calibration": summary}
@@ -305,7 +310,7 @@ def _write(
     def write_more(folder: Path) -> None:
         (folder / "calibration.json").write_text(json.dumps(details, indent=1) + "\n")
         if series:
-            report.draw_scores(folder / "lc_scores.png", series, taken.frozen)
+            report.draw_scores(folder / "lc_scores.png", series, taken.frozen, intervals)
             report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
 
     options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more}
@@ -313,7 +318,7 @@ def _write(
 
     console = Console()
     if series:
-        console.print(report.score_table(series, taken.frozen, shares.tolist()))
+        console.print(report.score_table(series, taken.frozen, list(shares)))
     for name, candidate in candidates.items():
         console.print(report.cost_table(name, candidate.curve, candidate.curve.index(candidate.chosen)))
     if len(candidates) > 1:

@@ -125,7 +125,8 @@ def run(
     about = {"model": model_id, "data": name, "metric": metric, "questions": len(questions)}
     report.write_results(output / "results.json", results, **about, settings=answerer.settings)
     console = Console()
-    console.print(report.table(results, title=f"{name}, {len(questions)} questions", title_justify="left"))
+    title = f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}"
+    console.print(report.table(results, title=title, title_justify="left"))
     if note := report.prefill_note(results):
         console.print(note, highlight=False)
     if len(results) == 1:

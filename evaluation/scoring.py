@@ -160,11 +160,11 @@ class Intervals(NamedTuple):
     """95 percent intervals, (low, high).
 
     Args:
-        headline: of each variant's [`headline`].
+        headline: of each variant's [`headline`]; None for questions about a single picture, which tell none.
         retention: of its ratio to the first variant's, in percent; None if that is 0 in a resample.
     """
 
-    headline: dict[str, tuple[float, float]]
+    headline: dict[str, tuple[float, float] | None]
     retention: dict[str, tuple[float, float] | None]
 
 
@@ -202,6 +202,9 @@ def bootstrap(
     sums = np.zeros((len(names), *shares.shape[1:]))
     np.add.at(sums, clusters, shares)
 
+    if len(names) == 1:  # nothing to resample
+        unknown = dict.fromkeys(answers_by_variant)
+        return Intervals(unknown, unknown)
     generator = np.random.default_rng(seed)
     flat, drawn = sums.reshape(len(names), -1), []
     for _ in range(resamples):
