@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
-from shortv_llava.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
+from shortv_llava.figures import FLOPS_AXIS, as_percent, log_with_zero, new_figure, save_figure
 from shortv_llava.package import LAYER_LISTS
 
 
@@ -113,10 +113,9 @@ def draw_scores(
         for index, layer in enumerate(frozen[key]):
             label = f"{name} frozen" if index == 0 else None
             axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)
-    lowest = min((value for values in scores.values() for value in values if value > 0), default=1.0)
-    axes.set_yscale("symlog", linthresh=lowest, linscale=0.5)  # a log scale that has a place for 0
+    log_with_zero(axes, chain.from_iterable(scores.values()))
     axes.set(xlabel="layer of the language model", ylabel="Layer Contribution (KL divergence, nats)")
-    axes.set(xlim=(-0.5, len(visual) - 0.5), ylim=(0, None))
+    axes.set(xlim=(-0.5, len(visual) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, axes, path)
 
@@ -129,13 +128,16 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
         taken: the one of them that was chosen.
     """
     figure, axes = new_figure()
+    drawn = []
     for (name, candidate), marker in zip(candidates.items(), "os"):
         for key, label in (("cost", f"{name}s"), ("corrected_cost", f"{name}s, corrected")):
-            known = [entry for entry in candidate.curve if key in entry and entry[key].kl > 0]
-            if known:
-                points = [(entry["flops_ratio"], entry[key].kl) for entry in known]
-                axes.plot(*zip(*points), f"-{marker}" if key == "cost" else f"--{marker}", label=label, ms=4)
+            points = [(entry["flops_ratio"], entry[key].kl) for entry in candidate.curve if key in entry]
+            if points:
+                style = f"-{marker}" if key == "cost" else f"--{marker}"
+                axes.plot(*zip(*points), style, label=label, ms=4, clip_on=False)
+                drawn += [kl for _, kl in points]
     axes.plot([taken.chosen["flops_ratio"]], [taken.cost.kl], "*", color="black", ms=14, label="chosen")
-    axes.set(yscale="log", xlabel=FLOPS_AXIS, ylabel="KL divergence from the model with nothing frozen\n(nats)")
+    log_with_zero(axes, drawn)
+    axes.set(xlabel=FLOPS_AXIS, ylabel="KL divergence from the unfrozen model (nats)")
     as_percent(axes)
     save_figure(figure, axes, path)
