@@ -1,7 +1,9 @@
 """The `shortv` command."""
 
+import os
 import signal
 import sys
+import threading
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -603,6 +605,7 @@ def demo(
 def main(*command: str) -> None:
     """Run the command line; every failure a user can cause is one line and exit code 1."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _repeat
     verbose = "--verbose" in sys.argv
     arguments = [*command, *(argument for argument in sys.argv[1:] if argument != "--verbose")]
     try:
@@ -619,9 +622,14 @@ def main(*command: str) -> None:
         if verbose:
             raise
         sys.exit(_fail(str(error).strip() or type(error).__name__))
+    finally:  # what comes while the interpreter ends would be a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(number: signal.Signals, arguments: list[str]) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _fail("interrupted" + "; the same command continues" * (arguments[:1] in (["calibrate"], ["evaluate"])))
     sys.exit(128 + number)
 
@@ -632,6 +640,17 @@ class Terminated(BaseException):
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _repeat(ignored) -> None:
+    """Send a signal again that came where Python ignores exceptions, as in a `__del__`; show others as ever."""
+    number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(ignored.exc_type)
+    if number is None:
+        sys.__unraisablehook__(ignored)
+    else:
+        timer = threading.Timer(0.05, os.kill, [os.getpid(), number])
+        timer.daemon = True
+        timer.start()
 
 
 def _fail(message: str) -> int:

@@ -6,6 +6,7 @@ from shortv_llava.benchmarks import (
     calibration,
     conversion,
     decoding,
+    faults,
     prefill,
     shared_prefix,
     turns,
@@ -16,5 +17,5 @@ from shortv_llava.benchmarks import (
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for module in (prefill, decoding, calibration, shared_prefix, turns, conversion, vllm_prefill, vllm_load):
+for module in (prefill, decoding, calibration, shared_prefix, turns, conversion, vllm_prefill, vllm_load, faults):
     app.command(module.__name__.split(".")[-1].replace("_", "-"))(module.main)
