@@ -21,6 +21,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` for the checkpoint's own.")
 ]
 AspectRatio = Literal["pad", "base"]
+BaseModel = Annotated[str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)]
+License = Annotated[
+    str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
+]
 VisionTower = Annotated[
     str | None,
     typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
@@ -79,9 +83,8 @@ def package(
     no_weights: Annotated[
         bool, typer.Option("--no-weights", help="Fetch no weights; publish with `shortv push --weights-from`.")
     ] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)
-    ] = None,
+    base_model: BaseModel = None,
+    license: License = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
@@ -127,6 +130,7 @@ def package(
         overwrite,
         weights=not no_weights,
         base_model=base_model,
+        license=license,
         vision_tower=vision_tower,
         base_weights=base_weights,
         chat_template=chat_template,
@@ -146,12 +150,16 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
-    ] = None,
+    license: License = None,
     weights_from: Annotated[
         str | None,
         typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="A new tag for this version, as `v1.0`, which the card's snippets load.")
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="Put it into this collection too, `owner/title-0123456789abcdef`.")
     ] = None,
     space: Annotated[
         bool, typer.Option("--space", help="Publish a Space of the same id too: the page of `shortv chat --web`.")
@@ -166,8 +174,10 @@ def push(
 
         shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --weights-from llava-hf/llava-1.5-7b-hf
 
-        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --space
+        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --tag v1.0 --space
     """
+    if tag and create_pr:
+        raise typer.BadParameter("a pull request gets none; leave out --create-pr", param_hint="--tag")
     if space and (revision or create_pr):
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
@@ -185,11 +195,15 @@ def push(
         message=message,
         license=license,
         weights_from=weights_from,
+        tag=tag,
+        collection=collection,
+        space=space,
         dry_run=dry_run,
     )
-    _report(repo_id, pushed, dry_run)
+    _report(repo_id, pushed, dry_run, tag, collection)
     if space:
-        _report(f"spaces/{repo_id}", push_space(repo_id, private=private, message=message, dry_run=dry_run), dry_run)
+        options = {"private": private, "message": message, "collection": collection, "dry_run": dry_run}
+        _report(f"spaces/{repo_id}", push_space(repo_id, **options), dry_run, None, collection)
 
 
 def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
@@ -209,7 +223,7 @@ def _begin(what: str, module: str = "shortv_llava.modeling_shortv_llava") -> Non
         import_module(module)
 
 
-def _report(name: str, pushed, dry_run: bool) -> None:
+def _report(name: str, pushed, dry_run: bool, tag: str | None, collection: str | None) -> None:
     from tqdm import tqdm
 
     for change in pushed.changes:
@@ -218,6 +232,9 @@ def _report(name: str, pushed, dry_run: bool) -> None:
         typer.echo(f"{name}: nothing has changed, so nothing was committed")
     else:
         typer.echo(f"{name}: nothing was changed, this was a dry run" if dry_run else f"committed: {pushed.url}")
+    for done, what in (("tagged", tag), ("in the collection", collection)):
+        if what:
+            typer.echo(f"{'would be ' * dry_run}{done}: {what}")
 
 
 @app.command()
@@ -231,6 +248,13 @@ def calibrate(
     images: Annotated[Path | None, typer.Option(help="Folder of the images that JSONL files name.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
     held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
+    draw: Annotated[
+        Literal["random", "first"],
+        typer.Option(
+            help="`random`: samples are drawn at random, as in the paper; `first`: the first of each source, as in the "
+            "release."
+        ),
+    ] = "random",
     seed: Annotated[int, typer.Option(min=0, help="Of the draw, of random layers and of the bootstrap.")] = 0,
     tokens: Annotated[
         list[str], typer.Option(help="`visual`, `text` or `all`; several are scored at once, the first chooses.")
@@ -272,6 +296,8 @@ def calibrate(
         float | None, typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
+    base_model: BaseModel = None,
+    license: License = None,
     vision_tower: VisionTower = None,
     base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
@@ -341,10 +367,11 @@ def calibrate(
     package_config(entries, replaced_layers=list(given or ()))  # checks them before the long work
     choice = replace(choice, correction_rank=rank or None)
     choice.check(text_config.num_hidden_layers)
-    drawn = load_samples(data, images, samples + held_out, seed)
+    draw_seed = None if draw == "first" else seed
+    drawn = load_samples(data, images, samples + held_out, draw_seed)
     groups = [drawn[start : start + samples + held_out] for start in range(0, len(drawn), samples + held_out)]
     held_out_samples = [sample for group in groups for sample in group[samples:]]
-    fit_on = fit_samples(data, images, correction_samples, seed, held_out_samples) if rank else []
+    fit_on = fit_samples(data, images, correction_samples, draw_seed, held_out_samples) if rank else []
     if rank and not fit_on:
         found = "every picture is a held-out one, and none is left to fit corrections on"
         if correction_rank is not None or strategy == "corrected-lc":
@@ -356,6 +383,7 @@ def calibrate(
     settings = {
         "base": base if not Path(base).is_dir() else Path(base).resolve().name,
         "data": [Path(source).name for source in data],
+        "draw": draw,
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
         "image_aspect_ratio": "pad" if pads(processor) else "base",
@@ -375,6 +403,8 @@ def calibrate(
         overwrite,
         chat_template,
         fit_on,
+        base_model,
+        license,
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
     corrected = f"; {len(result.corrections)} corrected" if result.corrections else ""

@@ -1,21 +1,27 @@
 """The model card of a package: what it is, how to use it, what it costs and whose terms it is under.
 
 Parts between marks (`<!-- shortv:NAME -->` to `<!-- /shortv:NAME -->`) are generated from the folder and renewed; all
-else belongs to whoever edits the card. Evaluation results live in the card's metadata, as `model-index`.
+else belongs to whoever edits the card. Scores live in the folder's evaluation.json; the card shows them in a table, and
+its metadata have this model's own as `model-index`.
 """
 
+import copy
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import TEXT_TOKENS, flops_ratio, image_tokens, prefill_flops
+from shortv_llava.outputs import replacing_file
 from shortv_llava.package import (
     CARD_FILE,
+    EVALUATION_FILE,
     LAYER_LISTS,
     PUBLISHED,
     TERMS_PATTERNS,
@@ -25,8 +31,11 @@ from shortv_llava.package import (
 )
 from shortv_llava.processors import files_like
 
+logger = logging.getLogger(__name__)
+
 PAPER = "https://arxiv.org/abs/2504.00502"
-DATASETS = {"gqa": "lmms-lab/GQA", "flickr30k": "lmms-lab/flickr30k"}  # by their names in calibration settings
+# By their names in calibration settings.
+DATASETS = {"gqa": "lmms-lab-encoder/GQA", "flickr30k": "lmms-lab-encoder/flickr30k"}
 # What the paper reports for its layers: mean score, of the dense model's, and speed-up of the first token.
 PAPER_FIGURES = {
     "llava-1.5-7b": ("99.0%", "1.30x"),
@@ -53,6 +62,14 @@ STRATEGIES = {
     "random": "at random",
 }
 PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
+
+RESULTS_SOURCE = "shortv evaluate"  # by which a card's metadata tell our results from others
+BLOCKS = ("intro", "use", "layers", "cost", "evaluation", "terms")  # the generated parts
+# A sentence that transformers' `push_to_hub` puts into the template that all cards without words of their own share.
+DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 
 TEMPLATE = (
     """---
@@ -104,7 +121,62 @@ TEMPLATE = (
 )
 
 
-def write_card(folder: Path, name: str | None = None, existing: Path | None = None, **known) -> None:
+class Score(NamedTuple):
+    """What an evaluation found, an entry of evaluation.json. Intervals are (low, high), of 95% confidence.
+
+    Args:
+        data: name of the questions.
+        dataset: Hub id of the data set that they come from; None for a file of one's own.
+        metric: such as `accuracy` or `f1`.
+        score, interval: in percent, or in the metric's own points.
+        base_score, base_interval: the base model's, with the same code; None if it was not evaluated beside.
+        percent_of_base, percent_interval: the one score in percent of the other.
+        date: ISO 8601.
+        note: how the model was loaded, if not as it is.
+    """
+
+    data: str
+    dataset: str | None
+    metric: str
+    questions: int
+    score: float
+    interval: tuple[float, float]
+    base_score: float | None
+    base_interval: tuple[float, float] | None
+    percent_of_base: float | None
+    percent_interval: tuple[float, float] | None
+    date: str
+    note: str | None
+
+
+def read_scores(folder: Path) -> list[Score]:
+    """The scores of the package `folder`.
+
+    Raises:
+        ShortVError: if its evaluation.json is none that `shortv evaluate` wrote.
+    """
+    path = folder / EVALUATION_FILE
+    try:
+        scores = [Score(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["results"]]
+        for score in scores:
+            _scores_row(score)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ShortVError(f"{path}: no evaluation wrote it so ({error!r}); evaluate again or remove it") from error
+    return scores
+
+
+def record_score(folder: Path, score: Score) -> None:
+    """Write a score into the package `folder`, in place of one of the same data and metric, and renew its card."""
+    others = [old for old in read_scores(folder) if (old.data, old.metric) != (score.data, score.metric)]
+    content = {"results": [one._asdict() for one in (*others, score)]}
+    with replacing_file(folder / EVALUATION_FILE) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder)
+
+
+def write_card(folder: Path, name: str | None = None, existing: ModelCard | None = None, **known) -> None:
     """Write the card of the package `folder`, keeping what is not generated of the one that is there.
 
     Args:
@@ -112,52 +184,63 @@ def write_card(folder: Path, name: str | None = None, existing: Path | None = No
         existing: the card to renew; the folder's own by default.
         known: as for [`make_card`].
     """
-    card = make_card(folder, name or folder.resolve().name, read_card(existing or folder / CARD_FILE), **known)
-    card.save(folder / CARD_FILE)
+    existing = existing or read_card(folder / CARD_FILE)
+    warn_of_missing(existing, folder / CARD_FILE)
+    make_card(folder, name or folder.resolve().name, existing, **known).save(folder / CARD_FILE)
 
 
 def make_card(
     folder: Path,
     name: str,
     existing: ModelCard | None = None,
-    eval_results: Sequence[EvalResult] = (),
+    tag: str | None = None,
+    space: str | None = None,
     **known,
 ) -> ModelCard:
     """The card of the package `folder`, or `existing` with its generated parts and metadata renewed.
 
+    Of a card without words of its own, see [`has_words`], the metadata alone are kept.
+
     Args:
         name: what the model is loaded by: a repository's id or a folder.
-        eval_results: new results; they replace those of the same task, data and metric.
+        tag: of the repository, for the snippets to load.
+        space: id of a Space that shows the model.
         known: metadata, such as `base_model`, `license` and `datasets`; what is not known is left as it is.
 
     Raises:
-        ShortVError: if the folder is no package, or its calibration settings are none that a calibration wrote.
+        ShortVError: if the folder is no package, or its calibration settings or scores are none that a command wrote.
     """
-    config = config_object(read_config(folder))
+    config, scores = config_object(read_config(folder)), read_scores(folder)
     _check_calibration(folder, config.calibration or {})
-    data = _metadata(config, name, existing, eval_results, known)
+    data = _metadata(config, name, existing, scores, known)
+    if data.base_model and not data.get("base_model_relation"):
+        data.base_model_relation = "quantized" if _quantised_by(config) else "finetune"
+    texts = [
+        _intro(config, name, data),
+        _use(config, name, tag, space),
+        _layers(folder, config, data),
+        _cost(folder, config, data),
+        _evaluation(scores, data),
+        _terms(folder, data),
+    ]
     blocks = {
-        "intro": _intro(config, name, data),
-        "use": _use(name),
-        "layers": _layers(folder, config, data),
-        "cost": _cost(folder, config, data),
-        "evaluation": _evaluation(data),
-        "terms": _terms(folder, data),
+        block: f"<!-- shortv:{block} -->\n{text.strip()}\n<!-- /shortv:{block} -->"
+        for block, text in zip(BLOCKS, texts)
     }
-    for block, text in blocks.items():
-        blocks[block] = f"<!-- shortv:{block} -->\n{text.strip()}\n<!-- /shortv:{block} -->"
-    if existing is None:
+    if existing is None or not has_words(existing):
         return ModelCard.from_template(data, template_str=TEMPLATE, **blocks)
-    existing.data = data
+    card = copy.copy(existing)
+    card.data = data
     for block, text in blocks.items():
-        existing.text = re.sub(
-            f"<!-- shortv:{block} -->.*?<!-- /shortv:{block} -->", lambda _, text=text: text, existing.text, flags=re.S
-        )
-    return existing
+        card.text = re.sub(_marked(block), lambda _, text=text: text, card.text, flags=re.S)
+    return card
 
 
-def read_card(path: Path) -> ModelCard | None:
+def read_card(path: Path, name: str | None = None) -> ModelCard | None:
     """The card in a file; None if there is none.
+
+    Args:
+        name: of the file, for messages; its path by default.
 
     Raises:
         ShortVError: if its metadata cannot be read.
@@ -166,37 +249,85 @@ def read_card(path: Path) -> ModelCard | None:
         return ModelCard.load(path) if path.is_file() else None
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ShortVError(f"{path}: its metadata cannot be read ({reason}); correct it, or remove the file") from error
+        raise ShortVError(
+            f"{name or path}: its metadata cannot be read ({reason}); correct it, or remove the file"
+        ) from error
+
+
+def has_words(card: ModelCard) -> bool:
+    """Whether a card has marks of ours or words of its own, beyond headings and what Hugging Face's template says."""
+    if missing_blocks(card) != list(BLOCKS):
+        return True
+    text, template = (
+        re.sub("<!--.*?-->", "", each.text, flags=re.S)
+        for each in (card, ModelCard.from_template(ModelCardData(), model_description=DESCRIPTION))
+    )
+    known = {line.strip() for line in template.splitlines()}
+    # Its headings, labels and gaps differ by version.
+    others = [line for line in map(str.strip, text.splitlines()) if line not in known and not line.startswith("#")]
+    return any(re.search(r"\w", re.sub(r"\*\*.*?\*\*|\[[\w ]*\](?!\()", "", line)) for line in others)
+
+
+def missing_blocks(card: ModelCard) -> list[str]:
+    """The generated parts that a card has no marks for."""
+    return [block for block in BLOCKS if not re.search(_marked(block), card.text, flags=re.S)]
+
+
+def warn_of_missing(card: ModelCard | None, where: Path | str) -> None:
+    """Say which generated parts a card lacks, because they were taken out or never were in it."""
+    missing = missing_blocks(card) if card and has_words(card) else []
+    if missing:
+        logger.warning(
+            f"{where}: its own words are kept, and it lacks the generated parts {', '.join(missing)}; to have one, "
+            f"write <!-- shortv:{missing[0]} --> <!-- /shortv:{missing[0]} --> where it belongs"
+        )
+
+
+def _marked(block: str) -> str:
+    return f"<!-- shortv:{block} -->.*?<!-- /shortv:{block} -->"
 
 
 def is_edited(card: ModelCard, folder: Path) -> bool:
-    """Whether a card's own text, outside of the generated parts, is not what a new one has."""
+    """Whether a card has words of its own, outside of the generated parts, that a new one does not have."""
     texts = [re.sub(r"(<!-- shortv:(\w+) -->).*?<!-- /shortv:\2 -->", r"\1", each.text, flags=re.S).strip()
              for each in (card, make_card(folder, ""))]  # fmt: skip
-    return texts[0] != texts[1]
+    return texts[0] != texts[1] and has_words(card)
 
 
-def base_metadata(base: Path, base_model: str | None = None) -> dict:
+def base_metadata(base: Path, base_model: str | None = None, license: str | None = None) -> dict:
     """What a checkpoint folder says of itself: its id, licence, language and data; None for what it does not say.
 
     Args:
-        base_model: its id, where the user gives it.
+        base_model, license: where the user gives them.
     """
-    try:
-        card = read_card(base / CARD_FILE)
-    except ShortVError:  # a stranger's card is no reason to stop
-        card = None
-    data = card.data if card else ModelCardData()
-    names = {key: _listed(getattr(data, key)) for key in ("base_model", "license", "license_name", "license_link")}
-    names = {key: values[0] if values else None for key, values in names.items()}
-    is_package = "shortv" in _listed(data.tags)
+    data = _tolerantly_read(base / CARD_FILE)
+    texts = {key: _listed(getattr(data, key)) for key in ("base_model", "license", "license_name", "license_link")}
+    told = {key: values[0] if values else None for key, values in texts.items()}
+    if license:
+        told |= {"license": license, "license_name": None, "license_link": None}
+    relation = None
+    if not base_model and "shortv" in _listed(data.tags):  # a package of a package has its base
+        base_model, relation = told["base_model"], data.get("base_model_relation")
+    if not base_model and (base_model := hub_id(base)):
+        relation = "finetune"  # whatever the base is, it is not quantised on the way
     return {
-        **names,
-        "base_model": base_model or hub_id(base) or (names["base_model"] if is_package else None),
-        "license": names["license"] or _license_of_text(base),
+        **told,
+        "base_model": base_model,
+        "base_model_relation": relation,
+        "license": told["license"] or _license_of_text(base),
         "language": data.language if isinstance(data.language, str) else _listed(data.language) or None,
         "datasets": _listed(data.datasets) or None,
     }
+
+
+def _tolerantly_read(path: Path) -> ModelCardData:
+    """The metadata of a stranger's card, as far as they can be read."""
+    try:
+        if path.is_file():
+            return ModelCard.load(path, ignore_metadata_errors=True).data
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        logger.warning(f"{path}: its metadata cannot be read ({' '.join(str(error).split())}) and are left out")
+    return ModelCardData()
 
 
 def _license_of_text(folder: Path) -> str | None:
@@ -208,7 +339,7 @@ def _license_of_text(folder: Path) -> str | None:
     return None
 
 
-def _metadata(config, name: str, existing: ModelCard | None, eval_results, known: dict) -> ModelCardData:
+def _metadata(config, name: str, existing: ModelCard | None, scores: Sequence[Score], known: dict) -> ModelCardData:
     entries = existing.data.to_dict() if existing else {}
     known = {key: value for key, value in known.items() if value}
     if "license" in known:  # these belong to the licence before
@@ -223,10 +354,74 @@ def _metadata(config, name: str, existing: ModelCard | None, eval_results, known
         | known
         | {"tags": list(dict.fromkeys(tags)), "datasets": list(dict.fromkeys(datasets)) or None}
     )
-    kept = [old for old in data.eval_results or () if not any(old.is_equal_except_value(new) for new in eval_results)]
-    data.eval_results = [*kept, *eval_results] or None
-    data.model_name = name.split("/")[-1] if data.eval_results else None
+    results = [result for result in data.eval_results or () if result.source_name != RESULTS_SOURCE]
+    results += [_eval_result(score, name) for score in scores]
+    data.eval_results = results or None
+    data.model_name = name.split("/")[-1] if results else None
     return data
+
+
+def _eval_result(score: Score, name: str) -> EvalResult:
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=score.dataset or score.data,
+        dataset_name=score.data,
+        metric_type=score.metric,
+        metric_value=round(score.score, 2),
+        source_name=RESULTS_SOURCE,
+        source_url=scores_url(name),
+    )
+
+
+def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
+    """The scores on the Hub's data sets, as the Hub reads them from `.eval_results/`; None if there are none.
+
+    With a huggingface_hub that does not know that format, there are none either.
+    """
+    entries = [
+        {
+            "dataset_id": score.dataset,
+            "task_id": score.data,
+            "value": round(score.score, 2),
+            "date": score.date,
+            "source_url": scores_url(repo_id),
+            "source_name": RESULTS_SOURCE,
+            "notes": ", ".join(
+                [f"{score.metric}, {score.questions:,} questions, 95% interval {score.interval[0]:.2f} to "
+                 f"{score.interval[1]:.2f}", *([score.note] if score.note else [])]
+            ),
+        }
+        for score in scores
+        if score.dataset
+    ]  # fmt: skip
+    if not entries:
+        return None
+    try:
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    except ImportError:
+        logger.warning("scores go into the card alone: .eval_results needs a newer huggingface_hub; update it")
+        return None
+    content = eval_result_entries_to_yaml([EvalResultEntry(**entry) for entry in entries])
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
+
+
+def merged_metadata(theirs: ModelCardData, ours: ModelCardData) -> ModelCardData:
+    """The metadata of two cards of one model; where they contradict each other, ours."""
+    old, new = theirs.to_dict(), ours.to_dict()
+    if new.get("license"):  # these belong to it
+        old = {key: value for key, value in old.items() if key not in ("license_name", "license_link")}
+    lists = {key: [*dict.fromkeys([*_listed(old.get(key)), *_listed(new.get(key))])] for key in ("tags", "datasets")}
+    entries = old | new | lists
+    merged = ModelCardData(**{key: value for key, value in entries.items() if key != "model-index" and value})
+    results = ours.eval_results or []
+    kept = [one for one in theirs.eval_results or [] if not any(one.is_equal_except_value(other) for other in results)]
+    merged.eval_results, merged.model_name = [*kept, *results] or None, ours.model_name or theirs.model_name
+    return merged
+
+
+def scores_url(name: str) -> str:
+    """Where evaluation.json is to be seen: in a repository `owner/name`, or beside the card."""
+    return f"https://huggingface.co/{name}/blob/main/{EVALUATION_FILE}" if "/" in name else EVALUATION_FILE
 
 
 def _listed(value) -> list[str]:
@@ -281,14 +476,17 @@ def _frozen(config) -> str:
 def _intro(config, name: str, data: ModelCardData) -> str:
     base = _link(data.base_model) if data.base_model else "A LLaVA checkpoint"
     frozen, ratio = _frozen(config), flops_ratio(config)
-    title = f"# {name.split('/')[-1]}\n\n"
+    title = f"# {' '.join(name.split('/')[-1].split())}\n\n"
     if not frozen:
         return f"{title}{base} packaged for [ShortV]({PAPER}), with no layer replaced: it answers as its base does."
+    quantised = _quantised_by(config)
     changed = "No weight is changed and nothing is trained."
+    if quantised:
+        changed = f"The weights are quantised ({quantised}), and nothing is trained."
     if config.correction_rank:
-        changed = (
-            f"In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
-            "that update; it is fitted in closed form, and no weight of the base is changed."
+        changed += (
+            f" In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
+            "that update; it is fitted in closed form."
         )
     return (
         f"{title}{base}, made faster with [ShortV]({PAPER}): in {frozen} of the language model, visual tokens are "
@@ -299,7 +497,22 @@ def _intro(config, name: str, data: ModelCardData) -> str:
     )
 
 
-def _use(name: str) -> str:
+def _quantised_by(config) -> str | None:
+    """What a package's weights are quantised by, such as `bitsandbytes, 4 bit`; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    method = str(settings.get("quant_method", "an unnamed method"))
+    width = next((f", {bits} bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return method + width
+
+
+def _use(config, name: str, tag: str | None, space: str | None) -> str:
+    loaded = _quoted(name) + (f", revision={_quoted(tag)}" if tag else "")
+    needed = ["transformers", "accelerate", "pillow"]
+    if (_quantised_by(config) or "").startswith("bitsandbytes"):
+        needed.append("bitsandbytes")
+    shown = f"Try it in [its Space](https://huggingface.co/spaces/{space}), or run it.\n\n" if space else ""
     messages = f"""messages = [
     {{
         "role": "user",
@@ -311,12 +524,12 @@ def _use(name: str) -> str:
 ]"""
     return f"""## Use
 
-With `pip install transformers accelerate pillow` (transformers 4.57 or newer), through the pipeline:
+{shown}With `pip install {' '.join(needed)}` (transformers 4.57 or newer), through the pipeline:
 
 ```python
 from transformers import pipeline
 
-ask = pipeline("image-text-to-text", model="{name}", dtype="auto", device_map="auto", trust_remote_code=True)
+ask = pipeline("image-text-to-text", model={loaded}, dtype="auto", device_map="auto", trust_remote_code=True)
 {messages}
 print(ask(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
 ```
@@ -326,8 +539,8 @@ or with the model itself:
 ```python
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}", dtype="auto", device_map="auto", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained({loaded}, dtype="auto", device_map="auto", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({loaded}, trust_remote_code=True)
 {messages}
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -338,6 +551,11 @@ print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 `model.set_replaced_layers([...])` changes the layers of a loaded model; with `[]` it is the base model.
 """
+
+
+def _quoted(text: str) -> str:
+    """A text as it stands in Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _layers(folder: Path, config, data: ModelCardData) -> str:
@@ -465,27 +683,59 @@ def _cost_cells(cost: dict | None) -> tuple[str, str, str]:
     return f"{cost['kl']:.2e}{interval}", f"{cost['agreement']:.0%}", change
 
 
-def _evaluation(data: ModelCardData) -> str:
-    if not data.eval_results:
+def _evaluation(scores: Sequence[Score], data: ModelCardData) -> str:
+    others = [result for result in data.eval_results or () if result.source_name != RESULTS_SOURCE]
+    if not scores and not others:
         return "## Evaluation\n\nNo benchmark results are recorded for this package."
-    rows = [
-        (
-            " ".join(filter(None, (result.dataset_name, result.dataset_config, result.dataset_split))),
-            result.metric_name or result.metric_type,
-            result.metric_value,
-            f"[{result.source_name}]({result.source_url})" if result.source_name else "",
-        )
-        for result in data.eval_results
+    parts = ["## Evaluation"]
+    if scores:
+        header = ["data", "questions", "metric", "this model"]
+        if any(score.base_score is not None for score in scores):
+            header += ["base model", "% of the base model's"]
+        parts += [
+            "Measured by `shortv evaluate`, for the base model with the same code, prompts and pictures; in brackets, "
+            f"where the figure lies with 95% confidence, by resampling the pictures. All figures: [{EVALUATION_FILE}]"
+            f"({EVALUATION_FILE}).",
+            _table(header, [_scores_row(score)[: len(header)] for score in scores]),
+        ]
+    if others:
+        rows = [
+            (
+                " ".join(filter(None, (result.dataset_name, result.dataset_config, result.dataset_split))),
+                result.metric_name or result.metric_type,
+                result.metric_value,
+                f"[{result.source_name}]({result.source_url})" if result.source_name else "",
+            )
+            for result in others
+        ]
+        parts += ["Recorded by others:"] * bool(scores) + [_table(("data", "metric", "value", "source"), rows)]
+    return "\n\n".join(parts)
+
+
+def _scores_row(score: Score) -> list[str]:
+    def figure(form: str, value: float | None, interval: tuple[float, float] | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:{form}}" + ("" if interval is None else " [{:{form}}, {:{form}}]".format(*interval, form=form))
+
+    data = f"[{score.data}](https://huggingface.co/datasets/{score.dataset})" if score.dataset else score.data
+    return [
+        data + (f" ({score.note})" if score.note else ""),
+        f"{score.questions:,}",
+        score.metric.replace("_", " "),
+        figure(".2f", score.score, score.interval),
+        figure(".2f", score.base_score, score.base_interval),
+        figure(".1f", score.percent_of_base, score.percent_interval),
     ]
-    return "## Evaluation\n\n" + _table(("data", "metric", "value", "source"), rows)
 
 
 def _terms(folder: Path, data: ModelCardData) -> str:
     base = _link(data.base_model) if data.base_model else "the base model"
-    licence = data.license_name or data.license
+    told = {key: _listed(getattr(data, key)) for key in ("license", "license_name", "license_link")}
+    licence = ", ".join(told["license_name"] or told["license"])
     if not licence:
         return f"## Licence\n\nThe weights are those of {base} and stay under its terms, which are not recorded here."
-    named = f"[{licence}]({data.license_link})" if data.license_link else licence
+    named = f"[{licence}]({told['license_link'][0]})" if told["license_link"] else licence
     files = [f"[{path.name}]({path.name})" for path in files_like(folder, TERMS_PATTERNS)]
     parts = [
         "## Licence",
@@ -493,11 +743,10 @@ def _terms(folder: Path, data: ModelCardData) -> str:
         + (f" See {', '.join(files)}." if files else "")
         + " The two Python files are under Apache-2.0.",
     ]
-    if data.license in NOTICES:
-        parts.append(NOTICES[data.license])
+    parts += [NOTICES[one] for one in told["license"] if one in NOTICES]
     return "\n\n".join(parts)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.json_files import read_json, write_json
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
-from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, write_processor
+from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, process_probe, write_processor
 
 logger = logging.getLogger(__name__)
 
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 CARD_FILE = "README.md"
+EVALUATION_FILE = "evaluation.json"  # scores, for the card
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # What an adapter consists of, and LLaVA's projector alone, which is told apart.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
@@ -48,6 +49,11 @@ OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.j
 BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
 BY_HAND |= {"corrections": {}}
 CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
+LOADING_FAULTS = {  # as transformers reports them, and in words
+    "missing_keys": "{} missing keys in the weights",
+    "unexpected_keys": "{} unexpected keys in the weights",
+    "mismatched_keys": "its weights do not fit its config.json, {} by their shape",
+}
 
 
 class PublishedModel(NamedTuple):
@@ -213,6 +219,9 @@ def hub_reason(error: BaseException) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
+    texts = [str(cause) for cause in causes]
+    if any(re.search("xet-(read|write)-token", text) and re.search(r"\b(404|405|501)\b", text) for text in texts):
+        return "this Hub does not speak Xet; set HF_HUB_DISABLE_XET=1 and run this again"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set; unset it and run this again"
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
@@ -238,6 +247,8 @@ def hub_reason(error: BaseException) -> str:
     if status == 429:
         seconds = answer.response.headers.get("Retry-After", "")
         return f"too many requests; run this again in {f'{seconds} seconds' if seconds.isdigit() else 'a few minutes'}"
+    if status in (405, 501):
+        return f"this Hub does not offer that ({said}); check HF_ENDPOINT, or use huggingface.co"
     if status >= 500:
         return f"the Hub failed ({said}); run this again"
     return f"the Hub refused ({said})"
@@ -312,6 +323,7 @@ def write_package(
     *,
     weights: bool = True,
     base_model: str | None = None,
+    license: str | None = None,
     vision_tower: str | None = None,
     base_weights: str | None = None,
     chat_template: str | None = None,
@@ -328,6 +340,7 @@ def write_package(
         base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
         weights: whether the package holds them; if not, they are copied from the base when it is pushed.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
+        license: of the weights, for the model card, where the base does not tell.
         vision_tower, base_weights: as for [`find_checkpoint`].
         chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
         corrections: tensors of fitted corrections, by name, in place of those that the base may have.
@@ -340,7 +353,7 @@ def write_package(
         OSError: if writing fails; nothing is left then.
     """
     from shortv_llava.conversion import is_original, must_convert
-    from shortv_llava.model_card import base_metadata, write_card
+    from shortv_llava.model_card import base_metadata, read_card, write_card
     from shortv_llava.tensors import weight_files, weight_index
 
     original, converted = is_original(base), must_convert(base)
@@ -357,6 +370,11 @@ def write_package(
             known = {key: value for key, value in known.items() if key not in CORRECTION}
         entries = package_config(known, **settings)
     check_output(output, overwrite, base)
+    card = read_card(output / CARD_FILE)
+    if card and card.data.eval_results:
+        measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
+        logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
+        card.data.eval_results = card.data.model_name = None
     if not converted:
         check_model(base, entries, weights)
     with replacing(output) as staging:
@@ -365,7 +383,10 @@ def write_package(
             entries = package_config(read_config(staging), **settings)
         write_json(staging / "config.json", entries)
         source = staging if converted else base
-        _, notes = write_processor(source, staging, config_object(entries), chat_template, image_aspect_ratio)
+        config = config_object(entries)
+        processor, notes = write_processor(source, staging, config, chat_template, image_aspect_ratio)
+        if processor is not None:
+            check_pictures(base, model_without_weights(base, config), processor)
         for note in notes:
             logger.warning(f"{base}: {note}")
         copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
@@ -382,8 +403,7 @@ def write_package(
             shutil.copyfile(Path(__file__).parent / name, staging / name)
         if write_more is not None:
             write_more(staging)
-        metadata = base_metadata(base, base_model)
-        write_card(staging, name=output.resolve().name, existing=output / CARD_FILE, **metadata)
+        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
 
 
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
@@ -425,47 +445,122 @@ def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
     Raises:
         ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
     """
+    model_without_weights(folder, config_object(entries))
+    if weights:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
+    import torch
+
+    from shortv_llava import MODEL_CLASSES
+    from shortv_llava.tensors import unpacked_shapes, weight_files
+
+    entries = read_config(folder)
+    quantisation = entries.pop("quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        raise ShortVError(f"{folder}/config.json: quantization_config must be an object")
+    config = config_object(entries)
+    by_bitsandbytes = quantisation.get("quant_method") == "bitsandbytes"
+    shapes = _stored_shapes(folder)
+    if by_bitsandbytes:
+        shapes = unpacked_shapes(weight_files(folder), shapes)
+    # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
+    states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with quiet():
+        model, info = next(c for c in MODEL_CLASSES if c.config_class is type(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict=states,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    info["mismatched_keys"] = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if quantisation and not by_bitsandbytes:
+        # Other libraries put parts of their own in place of a linear layer's weight, or beside it.
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        parts = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] in linear}
+        quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
+        info = {kind: set(info[kind]) - parts - quantised for kind in LOADING_FAULTS}
+    _check_loading(folder, info)
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors by name, from the headers of its files.
+
+    Raises:
+        ShortVError: if a file that loading reads is missing, damaged or holds something else.
+    """
+    from shortv_llava.tensors import stored_shapes, weight_files, weight_index
+
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    shapes = stored_shapes(weight_files(folder))
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    return shapes
+
+
+def _check_loading(folder: Path, info: dict) -> None:
+    """Raises ShortVError if tensors are missing, left over or of another shape, as transformers reports it."""
+    for kind, fault in LOADING_FAULTS.items():
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise ShortVError(f"{folder}: {fault.format(len(info[kind]))}, such as {first}; get the files again")
+
+
+def model_without_weights(folder: Path, config):
+    """The model of a configuration, that of the checkpoint `folder`, on the meta device.
+
+    Raises:
+        ShortVError: if it is none that ShortV knows.
+    """
     import torch
 
     from shortv_llava import MODEL_CLASSES
 
-    config = config_object(entries)
     with quiet():
         try:
             with torch.device("meta"):
-                next(c for c in MODEL_CLASSES if c.config_class is type(config))(config)
+                return next(c for c in MODEL_CLASSES if c.config_class is type(config))(config).eval()
         except Exception as error:  # configurations of other models fail in ways that differ by version
             raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
-        if not weights:
-            return
-        try:
-            load_model(folder, device_map="meta")
-        except ShortVError:
-            raise
-        except Exception as error:  # tensors of other shapes fail in ways that differ by version
-            raise ShortVError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from error
 
 
-def _check_files(folder: Path) -> None:
-    """See that what loading reads beside config.json is whole; of weights only the headers are read.
+def check_pictures(folder: Path, model, processor) -> None:
+    """See that the model takes a picture as the processor gives it, and makes of it what the prompt has room for.
+
+    Args:
+        folder: the checkpoint, for the message.
+        model: on the meta device, so that nothing is computed but shapes.
 
     Raises:
-        ShortVError: if a file is missing, damaged or holds something else.
+        ShortVError: if it does not.
     """
-    from shortv_llava.tensors import open_shard, weight_files, weight_index
+    import torch
 
-    if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")
-    held = set()
-    for path in weight_files(folder):
-        with open_shard(path) as tensors:  # headers must fit the file's size
-            if not tensors:
-                raise ShortVError(f"{path}: holds no tensors; get the file again")
-            held |= tensors.keys()
-    if index := weight_index(folder):  # transformers 4 believes what it names
-        missing = sorted(read_json(index)["weight_map"].keys() - held)
-        if missing:
-            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    if model.config.vision_config.model_type == "pixtral":  # computes with values, which are not there
+        return
+    inputs = process_probe(processor)
+    num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    try:
+        with torch.no_grad():
+            found = model.get_image_features(**pictures | {"pixel_values": pictures["pixel_values"].to("meta")})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # differ by version
+        problem = f"the model does not take its pictures ({first_line(error)})"
+    else:
+        num_features = sum(len(picture.flatten(0, -2)) for picture in getattr(found, "pooler_output", found))
+        if num_features == num_tokens:
+            return
+        problem = f"the model makes {num_features} visual tokens of a picture for which the prompt has {num_tokens}"
+    raise ShortVError(
+        f"{folder}: its processor does not fit config.json: {problem}; put preprocessor_config.json right"
+    )
 
 
 @contextmanager
@@ -523,14 +618,11 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             ],
         )
     model_type = _own_type(read_config(folder))
-    _check_files(folder)
+    _stored_shapes(folder)
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
-            raise ShortVError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {first}")
+    _check_loading(folder, info)
     return model.eval()
 
 

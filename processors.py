@@ -46,6 +46,12 @@ PROCESSOR_CLASSES = {
 # Of these, transformers takes tokenizer.json as it stands, whatever class tokenizer_config.json names; it lists them in
 # MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. Of model types that it does not know, it would rebuild the tokenizer.
 TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "vipllava")
+# What cuts pictures into tiles; the other families take whatever gives one picture.
+IMAGE_PROCESSORS_OF_TILES = {
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_next_video": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+}
 PADDED_FAMILIES = ("llava", "vipllava")  # LLaVA-1.5 and its kin; later ones cut pictures into tiles
 PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
 
@@ -60,7 +66,8 @@ def write_processor(
         config: the checkpoint's configuration, ShortV's.
         chat_template: a name of FORMATS or a file; by default the checkpoint's own, and where that takes no pictures
             the one that LLaVA tunes such a language model with.
-        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them.
+        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them;
+            `crop` to have them cropped where it pads them; `base` to leave them to it.
 
     Returns:
         The processor, None if there is no tokenizer or a library is missing, and what was put right, a line each.
@@ -79,9 +86,13 @@ def write_processor(
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
-    if image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
-        for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if family in IMAGE_PROCESSORS_OF_TILES:
+            _edit(target / name, lambda settings: _cut_into_tiles(settings, config, notes))
+        elif image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
             _edit(target / name, lambda settings: _pad(settings, notes))
+        elif image_aspect_ratio == "crop" and family in PADDED_FAMILIES:
+            _edit(target / name, _crop)
     template = None if chat_template is None else read_template(chat_template)
     if template is not None:
         _write_template(target, template)
@@ -92,8 +103,10 @@ def write_processor(
             return None, [*notes, f"its processor could not be tried here: {first_line(error)}"]
         raise
     _find_image_token(processor, target, config)
-    _try_picture(processor, base, config)
-    problem = problem_of(processor)
+    try:
+        problem = problem_of(processor)
+    except ShortVError as error:
+        raise ShortVError(f"{base}: {error}; copy the files of the base model there") from error
     if problem and template is None:
         for name, candidate in _templates(processor, config):
             _write_template(target, candidate)
@@ -111,10 +124,13 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
     """The processor of a checkpoint or package folder, its files put right, see [`write_processor`].
 
     Raises:
-        ShortVError: if there is none, or it gives no prompt with a picture.
+        ShortVError: if there is none, it gives no prompt with a picture, or no picture that the model takes.
         ImportError: if it needs a library that is missing, as torchvision.
     """
+    from shortv_llava.package import check_pictures, config_object, model_without_weights, read_config
+
     with _put_right(folder, chat_template, image_aspect_ratio) as (_, processor, notes):
+        check_pictures(folder, model_without_weights(folder, config_object(read_config(folder))), processor)
         for note in notes:
             logger.warning(f"{folder}: {note}")
         return processor
@@ -168,13 +184,25 @@ def problem_of(processor) -> str | None:
     if PROBE not in prompt:
         return "it changes the question's text"
     tokenizer = processor.tokenizer
-    ids = process(processor, [prompt], [Image.new("RGB", (64, 48))])["input_ids"][0].tolist()
+    ids = process_probe(processor)["input_ids"][0].tolist()
     start = tokenizer.bos_token_id
     if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may have one
         if number > 1 or (number == 0 and tokenizer("a")["input_ids"][:1] == [start]):
             return f"its prompt starts with {number} beginning-of-sequence tokens"
     return None
+
+
+def process_probe(processor):
+    """Model inputs for a question about a picture.
+
+    Raises:
+        ShortVError: if the processor fails.
+    """
+    try:
+        return process(processor, [make_prompt(processor, PROBE)], [Image.new("RGB", (64, 48))])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # differ by version
+        raise ShortVError(f"its processor fails on a picture ({first_line(error)})") from error
 
 
 def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -272,28 +300,32 @@ def _find_image_token(processor, folder: Path, config) -> None:
     _edit(folder / "processor_config.json", lambda settings: settings.update(image_token=token))
 
 
-def _try_picture(processor, source: Path, config) -> None:
-    """See that the processor takes a picture, and makes it as large as the vision tower wants it."""
-    try:
-        inputs = process(processor, [processor.image_token], [Image.new("RGB", (64, 48))])
-    except (TypeError, ValueError) as error:  # settings are missing, such as the token to pad with
-        raise ShortVError(
-            f"{source}: its processor fails ({first_line(error)}); copy the files of the base model there"
-        ) from error
-    vision, side = config.vision_config, inputs["pixel_values"].shape[-1]
-    if vision.model_type != "pixtral" and side != vision.image_size:
-        raise ShortVError(
-            f"{source}: its image processor makes pictures of {side} pixels, and its vision tower takes "
-            f"{vision.image_size}; copy the preprocessor_config.json of the base model there"
-        )
+def _image_processor(settings: dict) -> tuple[dict, str]:
+    """Its settings, which transformers 5 writes into the processor's, and the class that they name."""
+    settings = settings.get("image_processor", settings)
+    return settings, settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+
+
+def _cut_into_tiles(settings: dict, config, notes: list[str]) -> None:
+    settings, kind = _image_processor(settings)
+    wanted = IMAGE_PROCESSORS_OF_TILES[config.model_type.removeprefix("shortv_")]
+    if kind and not kind.startswith(wanted.removesuffix("ImageProcessor")):
+        settings |= {"image_processor_type": wanted, "image_grid_pinpoints": config.image_grid_pinpoints}
+        notes.append(f"pictures: the settings named {kind}, which cuts no tiles; they get {wanted}")
 
 
 def _pad(settings: dict, notes: list[str]) -> None:
-    settings = settings.get("image_processor", settings)  # as transformers 5 writes it
-    kind = settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+    settings, kind = _image_processor(settings)
     if kind.startswith("CLIP") and settings.get("do_center_crop", True):
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         notes.append("pictures are padded to squares, as LLaVA-1.5's are; --image-aspect-ratio base crops them")
+
+
+def _crop(settings: dict) -> None:
+    settings = settings.get("image_processor", settings)
+    kind = settings.get("image_processor_type", "")
+    if kind.startswith("LlavaImageProcessor") and settings.get("do_center_crop", True):
+        settings["do_pad"] = False
 
 
 def _templates(processor, config) -> list[tuple[str, str]]:

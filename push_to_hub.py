@@ -1,6 +1,7 @@
 """Package folders to the Hub: checked first, then one commit that changes the repository whole or not at all."""
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -35,11 +36,20 @@ from huggingface_hub.utils.sha import git_hash
 
 from shortv_llava.conversion import is_original
 from shortv_llava.errors import ShortVError, first_line
-from shortv_llava.model_card import is_edited, make_card, read_card
+from shortv_llava.model_card import (
+    eval_results_file,
+    is_edited,
+    make_card,
+    merged_metadata,
+    read_card,
+    read_scores,
+    warn_of_missing,
+)
 from shortv_llava.package import (
     CARD_FILE,
     CODE_FILES,
     CORRECTION_FILE,
+    EVALUATION_FILE,
     INDEX_PATTERNS,
     MODEL_TYPES,
     OWN_KEYS,
@@ -56,6 +66,10 @@ from shortv_llava.processors import files_like, outdated_files
 from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards, weight_index
 
 logger = logging.getLogger(__name__)
+
+EVAL_RESULTS_FILE = ".eval_results/shortv.yaml"  # where the Hub looks for scores
+# What our commands report of a package: a repository's own, where the folder has none, tell of another one.
+REPORT_FILES = (EVALUATION_FILE, EVAL_RESULTS_FILE, "calibration.json", "lc_scores.png", "tradeoff.png")
 
 # A Space: the web page, what it imports, and the libraries to install beside Gradio, which the Hub brings.
 SPACE_FILES = {"app.py": "web.py"} | {
@@ -81,12 +95,19 @@ class Pushed(NamedTuple):
 
 
 class Remote(NamedTuple):
-    """A repository at a revision. Where there is no repository, it has no commit; a new branch starts from main."""
+    """A repository at a revision. Where there is no repository, it has no commit; a new branch starts from main.
+
+    Args:
+        branches: by their short and full names, pull requests by their full ones.
+        tags: the commit of each.
+    """
 
     commit: str | None
     private: bool
     has_revision: bool
     files: dict[str, RepoFile]
+    branches: set[str]
+    tags: dict[str, str]
 
 
 class Source(NamedTuple):
@@ -107,11 +128,16 @@ def push(
     message: str | None = None,
     license: str | None = None,
     weights_from: str | None = None,
+    tag: str | None = None,
+    collection: str | None = None,
+    space: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
     """Make the repository hold what the package `folder` holds, in one commit; none if it does already.
 
-    Files that only the repository has are left alone, but for weights, which would be loaded in place of the new ones.
+    Files that only the repository has are left alone, but for weights, which would be loaded in place of the new ones,
+    and reports of `shortv calibrate` and `shortv evaluate`, which tell of another package. What has arrived is compared
+    by hash.
 
     Args:
         private: make a new repository private.
@@ -120,20 +146,29 @@ def push(
         message: first line of the commit.
         license: of the weights, where the base model does not tell.
         weights_from: `owner/name` or `owner/name@revision` to have the Hub copy the weight files from.
+        tag: a new one for the commit, which the card's snippets load; not with `create_pr`.
+        collection: slug of one to put the repository into.
+        space: whether [`push_space`] follows; the card links a Space of the same id, as it does if there is one.
         dry_run: change nothing, only say what would be done.
 
     Raises:
-        ShortVError: if the folder is no complete package, or the Hub does not do its part. The repository is as before.
+        ShortVError: if the folder is no complete package, or the Hub does not do its part. The repository is as before,
+            or as the message says.
     """
-    _check_target(repo_id, dry_run)
+    _check_target(repo_id, revision, tag)
+    if not dry_run:
+        _check_access(repo_id)
     config = check_package(folder, with_weights=weights_from is None)
+    print(f"{folder}: is complete; asking for what {repo_id} holds", flush=True)
+    _check_online(repo_id)
     api = HfApi()
     with _hub_errors(repo_id):
         remote = _remote(api, repo_id, revision)
+        page = repo_id if space or api.repo_exists(repo_id, repo_type="space") else None
     _check_privacy(repo_id, private, remote)
+    slug = _find_collection(api, collection)
     source = _source(api, weights_from, folder, config) if weights_from else None
-    card = _card(folder, repo_id, remote, license, source)
-    operations = list(_operations(folder, card, remote, source))
+    operations = _plan(folder, repo_id, remote, source, license, tag, page)
     changes = [_change(operation, remote, source) for operation in operations]
     if dry_run:
         return Pushed(changes, None)
@@ -142,37 +177,52 @@ def push(
             api.create_repo(repo_id, private=private, exist_ok=True)
         if not create_pr and not remote.has_revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if not operations:
-        return Pushed([], None)
-    frozen = len(config["replaced_layers"])
-    settings = {
-        "commit_message": message or f"ShortV package, {frozen} layers replaced",
-        "revision": revision,
-        "create_pr": create_pr,
-        "parent_commit": remote.commit,  # the commit fails if another one came between
-    }
-    info = _commit(api, repo_id, operations, source, settings)
-    if source:
-        _compare_weights(api, repo_id, info.pr_revision if create_pr else info.oid, source)
-    return Pushed(changes, info.pr_url if create_pr else info.commit_url)
+    commit, url = remote.commit, None
+    if operations:
+        frozen = len(config["replaced_layers"])
+        settings = {
+            "commit_message": message or f"ShortV package, {frozen} layer{'s' * (frozen != 1)} replaced",
+            "revision": revision,
+            "create_pr": create_pr,
+            "parent_commit": remote.commit,  # the commit fails if another one came between
+        }
+        info = _commit(api, repo_id, operations, source, settings)
+        _check_arrived(api, repo_id, info.pr_revision if create_pr else info.oid, operations, source)
+        commit, url = info.oid, info.pr_url if create_pr else info.commit_url
+    with _hub_errors(repo_id):
+        if tag and tag not in remote.tags:
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    _put_into_collection(api, slug, repo_id, "model")
+    return Pushed(changes, url)
 
 
-def push_space(repo_id: str, *, private: bool = False, message: str | None = None, dry_run: bool = False) -> Pushed:
+def push_space(
+    repo_id: str,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    collection: str | None = None,
+    dry_run: bool = False,
+) -> Pushed:
     """Make the Space `repo_id` show the model `repo_id`, in one commit; none if it does already.
 
     Files that only the Space has are left alone, and so is what its README.md says beyond what the page needs.
 
     Args:
-        private, message, dry_run: as for [`push`].
+        private, message, collection, dry_run: as for [`push`].
 
     Raises:
         ShortVError: if the Hub does not do its part. The Space is as before.
     """
-    _check_target(repo_id, dry_run)
+    _check_target(repo_id)
+    if not dry_run:
+        _check_access(repo_id)
+    _check_online(repo_id)
     api, name = HfApi(), f"spaces/{repo_id}"
     with _hub_errors(name):
         remote = _remote(api, repo_id, None, "space")
     _check_privacy(name, private, remote)
+    slug = _find_collection(api, collection)
     contents = {CARD_FILE: str(_space_card(repo_id, remote)).encode(), "requirements.txt": SPACE_REQUIREMENTS.encode()}
     contents |= {path: (Path(__file__).parent / source).read_bytes() for path, source in SPACE_FILES.items()}
     operations = _changed([CommitOperationAdd(path, content) for path, content in contents.items()], remote)
@@ -182,16 +232,17 @@ def push_space(repo_id: str, *, private: bool = False, message: str | None = Non
     with _hub_errors(name):
         if remote.commit is None:
             api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        if not operations:
-            return Pushed([], None)
-        info = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=message or "Web page of the ShortV model",
-            repo_type="space",
-            parent_commit=remote.commit,
-        )
-    return Pushed(changes, info.commit_url)
+        url = None
+        if operations:
+            url = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message or "Web page of the ShortV model",
+                repo_type="space",
+                parent_commit=remote.commit,
+            ).commit_url
+    _put_into_collection(api, slug, repo_id, "space")
+    return Pushed(changes, url)
 
 
 def _space_card(repo_id: str, remote: Remote) -> SpaceCard:
@@ -271,14 +322,28 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise ShortVError(f"{repo_id}: {hub_reason(error)}") from error
 
 
-def _check_target(repo_id: str, dry_run: bool) -> None:
+def _check_target(repo_id: str, revision: str | None = None, tag: str | None = None) -> None:
     with _hub_errors(repo_id):
         validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ShortVError(f"{repo_id}: no id of a repository; give owner/name")
+    for option, name in (("--revision", revision), ("--tag", tag)):
+        if name is None:
+            continue
+        if re.fullmatch("[0-9a-f]{40}", name):
+            raise ShortVError(f"{option} {name}: is the id of a commit; give the name of a branch or tag")
+        if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name) or ".." in name or name.endswith((".", ".lock")):
+            raise ShortVError(f"{option} {name!r}: is no name for a branch or tag; use letters, digits, . _ and -")
+
+
+def _check_online(repo_id: str) -> None:
     if constants.HF_HUB_OFFLINE:
-        raise ShortVError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
-    if not dry_run and not huggingface_hub.get_token():
+        raise ShortVError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish, or to see what would change")
+
+
+def _check_access(repo_id: str) -> None:
+    _check_online(repo_id)
+    if not huggingface_hub.get_token():
         raise ShortVError(f"{repo_id}: no token was found; run `hf auth login` or set HF_TOKEN")
 
 
@@ -296,8 +361,14 @@ def _remote(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        return Remote(None, False, revision is None, {})
-    return Remote(info.sha, info.private, has_revision, _files(api, repo_id, info.sha, repo_type))
+        return Remote(None, False, revision is None, {}, set(), {})
+    refs = api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True)
+    branches = {name for ref in refs.branches for name in (ref.name, ref.ref)} | {ref.ref for ref in refs.pull_requests}
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    if revision and has_revision and revision not in branches:
+        kind = "a tag" if revision in tags else "a commit"
+        raise ShortVError(f"{repo_id}: {revision} is {kind}, which stays as it is; give --revision a branch")
+    return Remote(info.sha, info.private, has_revision, _files(api, repo_id, info.sha, repo_type), branches, tags)
 
 
 def _files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> dict[str, RepoFile]:
@@ -339,28 +410,64 @@ def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
     return Source(repo_id, commit, weights)
 
 
-def _card(folder: Path, repo_id: str, remote: Remote, license: str | None, source: Source | None) -> ModelCard:
-    """The folder's card for this repository. Where only the repository's was edited by hand, that one is renewed."""
-    existing = read_card(folder / CARD_FILE)
-    known = existing.data.to_dict() if existing else {}
-    results = (existing.data.eval_results if existing else None) or ()
-    if CARD_FILE in remote.files and not (existing and is_edited(existing, folder)):
+def _plan(
+    folder: Path,
+    repo_id: str,
+    remote: Remote,
+    source: Source | None,
+    license: str | None,
+    tag: str | None,
+    space: str | None,
+) -> list:
+    """The operations of the commit, those of the card first."""
+    existing, known = _cards(folder, repo_id, remote, license, source)
+    operations = list(_operations(folder, repo_id, remote, source))
+    # Where nothing else has changed, the snippets go on loading the tag that this commit has.
+    tags = [name for name, commit in remote.tags.items() if commit == remote.commit and not operations]
+    for name in [tag] if tag else [*tags, None]:
+        card = make_card(folder, repo_id, existing, name, space, **known)
+        if not card.data.license:
+            raise ShortVError(f"{folder}: the licence of the weights is unknown; give it, as in --license llama2")
+        if not (changed := _changed([CommitOperationAdd(CARD_FILE, str(card).encode())], remote)):
+            break
+    operations = [*changed, *operations]
+    if tag in remote.branches or (tag in remote.tags and (operations or remote.tags[tag] != remote.commit)):
+        raise ShortVError(f"{repo_id}: {tag} is there already, for something else; give --tag another name")
+    return operations
+
+
+def _cards(
+    folder: Path, repo_id: str, remote: Remote, license: str | None, source: Source | None
+) -> tuple[ModelCard | None, dict]:
+    """The card to renew, and metadata beyond its own.
+
+    Its text is the repository's, or the folder's if that was edited by hand; its metadata are both's, and the folder's
+    where they contradict each other.
+    """
+    existing, theirs = read_card(folder / CARD_FILE), None
+    if CARD_FILE in remote.files:
         with _hub_errors(repo_id):
-            existing = read_card(Path(hf_hub_download(repo_id, CARD_FILE, revision=remote.commit)))
-    known = {key: value for key, value in known.items() if key not in ("model-index", "tags")}
-    if source and not known.get("base_model"):
+            path = hf_hub_download(repo_id, CARD_FILE, revision=remote.commit)
+        theirs = read_card(Path(path), f"{repo_id}/{CARD_FILE}")
+    if theirs and existing:
+        before, after = theirs.data.license, existing.data.license
+        if before and after and before != after and not license:
+            logger.warning(f"{repo_id}: its license was {before}, and becomes {after} as in {folder}/{CARD_FILE}")
+        metadata = merged_metadata(theirs.data, existing.data)
+        existing = copy.copy(existing if is_edited(existing, folder) else theirs)
+        existing.data = metadata
+    existing = existing or theirs
+    warn_of_missing(existing, f"{repo_id}/{CARD_FILE}")
+    known = {"license": license}
+    if source and not (existing and existing.data.base_model):
         known["base_model"] = source.repo_id
-    card = make_card(folder, repo_id, existing, results, **known | ({"license": license} if license else {}))
-    if not card.data.license:
-        raise ShortVError(f"{folder}: the licence of the weights is unknown; give it, as in --license llama2")
-    return card
+    return existing, known
 
 
-def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | None) -> Iterator:
-    """What brings the repository to the folder's state; nothing for files that are the same."""
+def _operations(folder: Path, repo_id: str, remote: Remote, source: Source | None) -> Iterator:
+    """What brings the repository to the folder's state, but for the card; nothing for files that are the same."""
     copied = source.files if source else {}
     kept = {CARD_FILE, *copied}
-    yield from _changed([CommitOperationAdd(CARD_FILE, str(card).encode())], remote)
     for path in _published_files(folder):
         name = path.relative_to(folder).as_posix()
         is_base = name != CORRECTION_FILE and path in files_like(folder, WEIGHT_PATTERNS)
@@ -368,14 +475,17 @@ def _operations(folder: Path, card: ModelCard, remote: Remote, source: Source | 
             continue
         kept.add(name)
         yield from _changed([CommitOperationAdd(name, path)], remote)
+    if results := eval_results_file(read_scores(folder), repo_id):
+        kept.add(EVAL_RESULTS_FILE)
+        yield from _changed([CommitOperationAdd(EVAL_RESULTS_FILE, results)], remote)
     for name, file in copied.items():
-        there = remote.files.get(name)
-        if not (there and there.lfs and there.lfs.sha256 == file.lfs.sha256):
+        if not _is_copy(remote.files.get(name), file):
             yield CommitOperationCopy(
                 file.path, name, src_revision=source.commit, src_repo_id=source.repo_id, src_repo_type="model"
             )
-    for name in remote.files.keys() - kept:
-        if "/" not in name and any(fnmatch(name, pattern) for pattern in (*WEIGHT_PATTERNS, *INDEX_PATTERNS)):
+    for name in sorted(remote.files.keys() - kept):
+        is_weights = any(fnmatch(name, pattern) for pattern in (*WEIGHT_PATTERNS, *INDEX_PATTERNS)) and "/" not in name
+        if is_weights or name in REPORT_FILES:
             yield CommitOperationDelete(name)
 
 
@@ -430,16 +540,46 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
 def _copy_refused(error: Exception) -> bool:
     """Whether the Hub, or its client in advance, refuses to copy files from one repository to another."""
     if isinstance(error, HfHubHTTPError):
-        return "/lfs-files/duplicate" in str(error.response.url) and error.response.status_code in (400, 403)
+        refused = error.response.status_code in (400, 403, 404, 405, 501)
+        return refused and "/lfs-files/duplicate" in str(error.response.url)
     return re.search("duplicate .*file", str(error)) is not None
 
 
-def _compare_weights(api: HfApi, repo_id: str, revision: str, source: Source) -> None:
+def _check_arrived(api: HfApi, repo_id: str, revision: str, operations: list, source: Source | None) -> None:
+    """See by size and hash that a commit did what it was to do."""
     with _hub_errors(repo_id):
-        there = {file.path: file for file in api.get_paths_info(repo_id, list(source.files), revision=revision)}
-    for name, file in source.files.items():
-        if name not in there or not there[name].lfs or there[name].lfs.sha256 != file.lfs.sha256:
-            raise ShortVError(f"{repo_id}: its {name} is not {source.repo_id}'s; push again without --weights-from")
+        there = _files(api, repo_id, revision)
+    for operation in operations:
+        name = operation.path_in_repo
+        if isinstance(operation, CommitOperationCopy):
+            if not _is_copy(there.get(name), source.files[name]):
+                raise ShortVError(f"{repo_id}: its {name} is not {source.repo_id}'s; push again without --weights-from")
+        elif isinstance(operation, CommitOperationDelete):
+            if name in there:
+                raise ShortVError(f"{repo_id}: its {name} was to be deleted and is there; push again")
+        elif not _same(operation, there.get(name)):
+            raise ShortVError(f"{repo_id}: its {name} is not what was sent; push again")
+
+
+def _is_copy(file: RepoFile | None, original: RepoFile) -> bool:
+    return bool(file and file.lfs and file.lfs.sha256 == original.lfs.sha256)
+
+
+def _find_collection(api: HfApi, collection: str | None) -> str | None:
+    """The slug of a collection that is there, from its slug or address."""
+    if collection is None:
+        return None
+    slug = collection.rpartition("/collections/")[2]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", slug):
+        raise ShortVError(f"{collection}: no collection; give the end of its address, owner/title-0123456789abcdef")
+    with _hub_errors(f"collection {slug}"):
+        return api.get_collection(slug).slug
+
+
+def _put_into_collection(api: HfApi, slug: str | None, repo_id: str, kind: str) -> None:
+    if slug:
+        with _hub_errors(f"collection {slug}"):
+            api.add_collection_item(slug, repo_id, kind, exists_ok=True)
 
 
 if __name__ == "__main__":

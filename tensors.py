@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from shortv_llava.json_files import read_json, write_json
 SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
 CONSTANTS = (".rotary_emb.inv_freq", ".position_ids")  # saved by old versions, worked out by later ones
+QUANT_STATE = ".quant_state.bitsandbytes__"  # in the name of what a 4-bit weight was before it was packed
 MERGED_ROWS = 512  # of a weight at a time; its float32 copy is as large as a vocabulary otherwise
 
 
@@ -122,6 +124,66 @@ def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
             name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
             for name, part in slices.items()
         }
+
+
+def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in `files` by name, from their headers, which must fit the files' sizes.
+
+    Raises:
+        ShortVError: if a file is damaged, holds no tensors or more than tensors.
+    """
+    shapes = {}
+    for path in files:
+        with open_shard(path) as stored:
+            if not stored:
+                raise ShortVError(f"{path}: holds no tensors; get the file again")
+            shapes |= {name: tensor.shape for name, tensor in stored.items()}
+    return shapes
+
+
+def unpacked_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """`shapes` with the weights that bitsandbytes quantised as they were before, and without the parts beside them.
+
+    Raises:
+        ShortVError: if a part is missing or of another size.
+    """
+    states, integers, bits = {}, [], {}
+    for path in files:
+        with open_shard(path) as stored:
+            for name, tensor in stored.items():
+                bits[name] = int((re.search(r"\d+", tensor.dtype) or "8")[0])
+                if QUANT_STATE in name:
+                    states[name] = path, tensor.read().flatten().tolist()
+                elif tensor.dtype in ("I8", "torch.int8"):
+                    integers.append(name)
+    unpacked = dict(shapes)
+
+    def take(name: str, count: int, size: int = 1) -> None:
+        found = unpacked.pop(name, None)
+        if found is None or math.prod(found) * size != count:
+            raise ShortVError(f"{files[0].parent}: {name} is missing or of another size; quantise the model again")
+
+    for name in integers:
+        take(f"{name.removesuffix('weight')}SCB", shapes[name][0] if shapes[name] else 1)
+        unpacked.pop(f"{name.removesuffix('weight')}weight_format", None)
+    for name, (path, content) in states.items():
+        weight = name.partition(QUANT_STATE)[0]
+        try:
+            state = json.loads(bytes(content))
+            shape = torch.Size(state["shape"])
+            blocks = -(-shape.numel() // state["blocksize"])
+            nested = -(-blocks // state["nested_blocksize"]) if "nested_blocksize" in state else None
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise ShortVError(f"{path}: {name} cannot be read ({error!r}); quantise the model again") from error
+        take(weight, -(-shape.numel() // 2), bits.get(weight, 8) // 8)
+        take(f"{weight}.absmax", blocks)
+        take(f"{weight}.quant_map", 16)
+        if nested is not None:
+            take(f"{weight}.nested_absmax", nested)
+            take(f"{weight}.nested_quant_map", 256)
+        del unpacked[name]
+        unpacked[weight] = shape
+    return unpacked
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:

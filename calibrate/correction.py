@@ -9,10 +9,13 @@ ones, T the dense model's: T - X is regressed on A. So every layer also repairs 
 """
 
 import base64
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
@@ -84,18 +87,29 @@ class FitSample:
         model: a ShortV model.
         inputs: a processor's output with images.
         keep: keep the dense model's visual states of all layers, (V, h) each, so that further fits save their sweep.
+        folder: keep states in files there that vanish with the process, where the memory is too small for them.
     """
 
     @torch.no_grad()
-    def __init__(self, model, inputs, keep: bool = False):
+    def __init__(self, model, inputs, keep: bool = False, folder: Path | None = None):
         states, self.calls = layer_calls(model, inputs)
         self.device, self.visual = states.device, token_set(model, inputs, "visual").cpu()
-        self.first, self.targets, self.keep = states.cpu(), [], keep
+        self.folder, self.first, self.targets, self.keep = folder, stored(states, folder), [], keep
 
     def run(self, layer, states: torch.Tensor, budget: RowBudget, blocks: tuple[str, ...] = ()) -> torch.Tensor:
         """States (B, S, h) through a layer, with visual tokens skipping the `blocks` named."""
         frozen, call = self.visual if blocks else None, self.calls[layer.self_attn.layer_idx]
-        return run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks).cpu()
+        states = run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks)
+        return stored(states, self.folder)
+
+
+def stored(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
+    """A tensor on the CPU, in memory or in a nameless file in `folder`, which lives as long as the tensor."""
+    if folder is None:
+        return states.cpu()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        mapped = np.memmap(file, dtype=np.uint8, mode="w+", shape=states.nbytes)
+    return torch.from_numpy(mapped).view(states.dtype).view(states.shape).copy_(states)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -76,6 +77,8 @@ def calibrate(
     overwrite: bool = False,
     chat_template: str | None = None,
     fit_on: Sequence[Sample] = (),
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> Candidate:
     """Score the units of `model`, choose, measure the choice, and write the package `output`.
 
@@ -88,6 +91,7 @@ def calibrate(
         max_rows: rows that a layer takes at once, for small memories.
         chat_template: of the package, see [`write_package`].
         fit_on: for fitting corrections, if the choice has a rank for them.
+        base_model, license: for the model card, see [`write_package`].
 
     Raises:
         ShortVError: if the output must not be written, an unfinished calibration of other settings lies there, options
@@ -114,7 +118,8 @@ def calibrate(
         if run.state.is_main_process:
             overwrite = overwrite or run.journal.path.exists()
             ids = [sample.id for sample in held_out]
-            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template)
+            card = {"base_model": base_model, "license": license}
+            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template, card)
         run.state.wait_for_everyone()
     return candidates[best]
 
@@ -176,8 +181,18 @@ class Run:
             bar = partial(self.progress, name="correction", unit="layer")
             config, device = self.model.config, self.model.device
             inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in shared)
-            samples = [FitSample(self.model, each) for each in inputs]
+            samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(shared))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
+
+    def place_for_states(self, inputs, number: int) -> Path | None:
+        """The output folder, if the states of so many samples like this one would fill half of the free memory."""
+        first_dense_and_corrected = 3
+        size = self.model.config.text_config.hidden_size * self.model.dtype.itemsize
+        needed = first_dense_and_corrected * number * inputs["input_ids"].numel() * size
+        if needed <= psutil.virtual_memory().available / 2:
+            return None
+        self.journal.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.journal.path.parent
 
     def scores(self, choice: Choice, units: Units) -> np.ndarray:
         """LC (samples, sets of tokens, units); of corrected units behind the others, if they are to choose."""
@@ -253,7 +268,17 @@ class Run:
 
 
 def _write(
-    base, output, overwrite, candidates: dict[str, Candidate], best, scored_as, held_out, choice, dtype, chat_template
+    base,
+    output,
+    overwrite,
+    candidates: dict[str, Candidate],
+    best,
+    scored_as,
+    held_out,
+    choice,
+    dtype,
+    chat_template,
+    card,
 ) -> None:
     """The package with the best candidate, what was found in calibration.json, pictures beside it, tables on screen."""
     taken = candidates[best]
@@ -313,7 +338,7 @@ def _write(
             report.draw_scores(folder / "lc_scores.png", series, taken.frozen, intervals)
             report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
 
-    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more}
+    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more, **card}
     write_package(base, output, overwrite, **options, **taken.frozen, **settings)
 
     console = Console()

@@ -14,7 +14,7 @@ from shortv_llava.images import check_sides, open_image
 from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check_length, make_prompt, process
 
 NAMED = ("gqa", "flickr30k", "shapes")
-GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
+GQA, FLICKR30K = "lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"
 
 
 class Sample(NamedTuple):
@@ -36,13 +36,14 @@ def check_sources(sources: Sequence[str], images: Path | None) -> None:
 
 
 def load_samples(
-    sources: Sequence[str], images: Path | None, number: int, seed: int, at_most: bool = False
+    sources: Sequence[str], images: Path | None, number: int, seed: int | None, at_most: bool = False
 ) -> list[Sample]:
-    """`number` samples at random from each source, the same for the same seed; all of one with fewer if `at_most`.
+    """`number` samples from each source, all of one with fewer if `at_most`.
 
     Args:
         sources: `gqa`, `flickr30k`, `shapes` (the embedded set), or a file of questions in LLaVA's format.
         images: the folder of the pictures that question files name.
+        seed: of a draw at random; None takes the first samples.
 
     Raises:
         ShortVError: if a source cannot be read or holds fewer samples.
@@ -64,12 +65,12 @@ def load_samples(
 
 
 def fit_samples(
-    sources: Sequence[str], images: Path | None, number: int, seed: int, held_out: Sequence[Sample]
+    sources: Sequence[str], images: Path | None, number: int, seed: int | None, held_out: Sequence[Sample]
 ) -> list[Sample]:
     """Up to `number` samples from each source, about pictures that no held-out sample is about.
 
     Args:
-        sources, images: as for [`load_samples`].
+        sources, images, seed: as for [`load_samples`].
 
     Raises:
         ShortVError: if a source cannot be read.
@@ -90,10 +91,11 @@ def _picture(sample: Sample):
     return hash(sample.image.tobytes()) if isinstance(sample.image, Image.Image) else sample.image
 
 
-def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:
+def gqa_samples(number: int, seed: int | None, repository: str = GQA) -> list[Sample]:
     """Samples of GQA's balanced testdev split: all questions are read, pictures until those of the draw are found."""
     questions = list(stream(Table(repository, "testdev", "testdev_balanced_instructions")))
-    drawn = random.Random(seed).sample(questions, min(number, len(questions)))
+    number = min(number, len(questions))
+    drawn = questions[:number] if seed is None else random.Random(seed).sample(questions, number)
     wanted, pictures = {row["imageId"] for row in drawn}, {}
     for row in stream(Table(repository, "testdev", "testdev_balanced_images")):
         if row["id"] in wanted:
@@ -109,8 +111,8 @@ def gqa_samples(number: int, seed: int, repository: str = GQA) -> list[Sample]:
     ]
 
 
-def flickr30k_samples(number: int, seed: int, repository: str = FLICKR30K) -> list[Sample]:
-    """Samples of Flickr30K's test split, shuffled as they stream in."""
+def flickr30k_samples(number: int, seed: int | None, repository: str = FLICKR30K) -> list[Sample]:
+    """Samples of Flickr30K's test split, shuffled as they stream in if there is a seed."""
     rows = stream(Table(repository, "test"), shuffle_seed=seed, take=number)
     return [Sample(str(row["img_id"]), row["image"], CAPTION_PROMPT, row["caption"][0]) for row in rows]
 
@@ -133,8 +135,9 @@ def embedded_samples() -> list[Sample]:
     return question_samples(folder / "questions.jsonl", folder / "images")
 
 
-def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the data") -> list[Sample]:
-    """`number` of the samples at random, the same for the same seed; a larger draw begins with a smaller one.
+def draw(samples: Sequence[Sample], number: int, seed: int | None, name: str = "the data") -> list[Sample]:
+    """`number` of the samples at random, the same for the same seed; without one the first. A larger draw begins with a
+    smaller one.
 
     Raises:
         ShortVError: if there are fewer.
@@ -143,7 +146,8 @@ def draw(samples: Sequence[Sample], number: int, seed: int, name: str = "the dat
         raise ShortVError(
             f"{number} samples were asked for, {name} holds {len(samples)}; lower --samples or --held-out"
         )
-    return random.Random(seed).sample(list(samples), len(samples))[:number]
+    shuffled = list(samples) if seed is None else random.Random(seed).sample(list(samples), len(samples))
+    return shuffled[:number]
 
 
 def make_inputs(processor, samples: Sequence[Sample], config=None, answered: bool = False):

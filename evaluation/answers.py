@@ -26,6 +26,10 @@ class AnswersFile:
     def __init__(self, path: Path, model_id: str, metadata: dict, questions: Sequence[Question]):
         self.path, self.model_id, self.metadata = path, model_id, json.loads(json.dumps(metadata))
         self.questions = {question.id: question for question in questions}
+        self.ids: dict[tuple, list[int | str]] = {}  # of the questions that a line's id and prompt may stand for
+        for question in questions:
+            line = self._line(question, "")
+            self.ids.setdefault((line["question_id"], line["prompt"]), []).append(question.id)
         self.lines: dict[int | str, dict] = {}
         if not path.exists():
             return
@@ -34,10 +38,10 @@ class AnswersFile:
             with open(path, "r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
         for number, entry in read_jsonl(path):
-            self._check(entry, f"{path}, line {number}")
-            self.lines[entry["question_id"]] = entry
+            self.lines[self._id(entry, f"{path}, line {number}")] = entry
 
-    def _check(self, entry: dict, where: str) -> None:
+    def _id(self, entry: dict, where: str) -> int | str:
+        """The id of the question that a line of the file answers."""
         metadata = entry.get("metadata")
         found = {"model_id": entry.get("model_id")} | (metadata if isinstance(metadata, dict) else {})
         expected = {"model_id": self.model_id} | self.metadata
@@ -47,11 +51,13 @@ class AnswersFile:
                     f"{where}: an answer with {key} {found.get(key)!r}, not {expected.get(key)!r}; repeat that "
                     "command, or give another --output"
                 )
-        question = self.questions.get(entry.get("question_id"))
-        if question is None or question.text != entry.get("prompt") or not isinstance(entry.get("text"), str):
+        ids = self.ids.get((entry.get("question_id"), entry.get("prompt")))
+        if ids is None or not isinstance(entry.get("text"), str):
             raise ShortVError(f"{where}: no answer to one of these questions; give another --output")
-        if question.id in self.lines:
-            raise ShortVError(f"{where}: a second answer to question {question.id!r}; remove it, or the file")
+        id = next((id for id in ids if id not in self.lines), None)
+        if id is None:
+            raise ShortVError(f"{where}: a second answer to question {entry['question_id']!r}; remove it, or the file")
+        return id
 
     @property
     def answers(self) -> dict[int | str, str]:
@@ -70,8 +76,8 @@ class AnswersFile:
 
     def _line(self, question: Question, answer: str) -> dict:
         return {
-            "question_id": question.id,
-            "prompt": question.text,
+            "question_id": question.details.get("question_id", question.id),
+            "prompt": question.details.get("prompt", question.text),
             "text": answer,
             "answer_id": uuid.uuid5(uuid.NAMESPACE_URL, f"{self.model_id}/{question.id}").hex,
             "model_id": self.model_id,

@@ -1,15 +1,17 @@
 """`shortv evaluate`: from options to answers, a table, results.json, a plot and the model card."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question, read_questions
-from shortv_llava.evaluation.scoring import check_metric, check_references
-from shortv_llava.evaluation.tasks import TASKS
+from shortv_llava.evaluation.scoring import check_metric, check_references, headline_name, of_subset
+from shortv_llava.evaluation.tasks import TASKS, Task
+from shortv_llava.model_card import read_scores, record_score
 from shortv_llava.outputs import check_writable, only_one
-from shortv_llava.package import load, read_config
+from shortv_llava.package import config_object, load, read_config
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
 
@@ -61,6 +63,7 @@ def check(
         raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
     if card is not None:
         read_config(card)
+        read_scores(card)
         if sweep is not None or (TASKS[data.task].metric if data.task else data.metric) is None:
             raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
     check_writable(output)
@@ -90,25 +93,27 @@ def run(
         ShortVError: if options contradict each other, data or references are missing, or `output` holds other answers.
     """
     from accelerate import PartialState
-    from rich.console import Console
 
     from shortv_llava.evaluation import report
     from shortv_llava.evaluation.answering import Answerer
     from shortv_llava.evaluation.run import choose_variants, evaluate
-    from shortv_llava.model_card import write_card
 
     check(data, output, compare, sweep, card)
     numbers = _numbers(sweep) if sweep is not None else []
     task = TASKS.get(data.task)
-    metric, metric_kwargs = (task.metric, task.metric_kwargs) if task else (data.metric, {})
+    metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
+    subset = task.subset if task else None
     questions = data.load()
     if metric is not None:
+        check_references(metric, of_subset(questions, subset))
         check_references(metric, questions)
 
     loading = dict(loading or {})
     if loading.get("image_aspect_ratio") is None:
         loading["image_aspect_ratio"] = task.image_aspect_ratio if task else "pad"
     loaded = load(base, **loading)
+    if card is not None and _computed(loaded.model.config) != _computed(config_object(read_config(card))):
+        raise ShortVError(f"--card {card}: its layers are not those to be evaluated; leave out --card or the layers")
     variants = choose_variants(loaded.model.config, compare, numbers)
     if max_new_tokens is None:
         max_new_tokens = task.max_new_tokens if task else MAX_NEW_TOKENS
@@ -117,29 +122,44 @@ def run(
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)
     model_id = base if not Path(base).is_dir() else Path(base).resolve().name
     with only_one(output) if PartialState().is_main_process else nullcontext():
-        results = evaluate(answerer, questions, variants, output, model_id, metric, **metric_kwargs)
+        results = evaluate(answerer, questions, variants, output, model_id, metric, subset, **scoring)
     if not PartialState().is_main_process:
         return
 
     name = data.task or data.questions.stem
-    about = {"model": model_id, "data": name, "metric": metric, "questions": len(questions)}
-    report.write_results(output / "results.json", results, **about, settings=answerer.settings)
-    console = Console()
-    title = f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}"
-    console.print(report.table(results, title=title, title_justify="left"))
-    if note := report.prefill_note(results):
-        console.print(note, highlight=False)
-    if len(results) == 1:
-        for score, value in results[0].scores.items():
-            console.print(f"{score}: {value:.2f}")
+    figure = headline_name(metric, results[0].scores, subset) if metric else None
+    about = {"model": model_id, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
+    note = task.hub_note if task and data.folder is None else None
+    report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
+    report.tell(results, f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}", figure, note)
     if numbers:
-        report.draw_sweep(output / "sweep.png", results, f"{name}, {metric}" if metric else name)
-    for result in results if task and task.write_upload else ():
-        folder = output if len(results) == 1 else output / result.name
-        folder.mkdir(exist_ok=True)
-        console.print(f"to be scored elsewhere: {task.write_upload(questions, result.answers, folder)}")
+        report.draw_sweep(output / "sweep.png", results, f"{name}, {figure}" if figure else name)
+    if task:
+        _write_uploads(task, questions, results, output)
     if card is not None:
-        write_card(card, eval_results=report.card_results(results, name, metric))
+        dataset = task.dataset if task else None
+        loaded = next((f"loaded in {bits} bit" for bits in (4, 8) if loading.get(f"load_in_{bits}bit")), None)
+        number = len(of_subset(questions, subset))
+        record_score(card, report.card_score(results, name, dataset, figure, number, loaded))
+
+
+def _computed(config) -> tuple:
+    """What a configuration says of the layers that are not computed as in the base model."""
+    return config.frozen_layers(), config.correction_rank, config.corrected_layers
+
+
+def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence, output: Path) -> None:
+    """Write, or name, the files of [`Result`]s that are scored elsewhere."""
+    from shortv_llava.evaluation.run import answers_file
+
+    for result in results:
+        if task.write_upload is not None:
+            path = task.write_upload(questions, result.answers, output if len(results) == 1 else output / result.name)
+        elif task.metric is None:
+            path = output / answers_file(result.name, len(results))
+        else:
+            continue
+        print(f"to be scored elsewhere: {path}")
 
 
 def _numbers(sweep: str) -> list[int]:

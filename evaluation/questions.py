@@ -23,7 +23,8 @@ class Question(NamedTuple):
         image_id: the same for questions about the same pictures; None where nothing is known to be shared.
         reference: the right answer, or several, as the task's metric takes it; None if unknown.
         details: what else its task knows: this question's share of each further argument of the metric, what belongs
-            into the task's upload file, and perhaps the `subset` to score apart.
+            into the task's upload file, perhaps the `subset` to score apart, and the `question_id` and `prompt` that
+            LLaVA's scripts look for in the answers file, where they are not its id and text.
     """
 
     id: int | str

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
-from huggingface_hub import EvalResult
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.evaluation.answering import Tokens
 from shortv_llava.evaluation.run import Result
 from shortv_llava.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
+from shortv_llava.model_card import Score
 from shortv_llava.outputs import replacing_file
 
 
@@ -26,6 +28,22 @@ def table(results: Sequence[Result], **style) -> Table:
     for row in rows:
         found.add_row(*(row[str(column.header)] for column in found.columns))
     return found
+
+
+def tell(results: Sequence[Result], title: str, figure: str | None, note: str | None) -> None:
+    """Print the table, which `figure` its score is, a `note` on the data, what sharing prefixes saved, and of a single
+    variant all scores."""
+    console = Console()
+    console.print(table(results, title=title, title_justify="left"))
+    if figure:
+        console.print(f"score: {figure}", highlight=False)
+    if note:
+        console.print(f"not LLaVA's own data: {note}", highlight=False, soft_wrap=True)
+    if saved := prefill_note(results):
+        console.print(saved, highlight=False)
+    if len(results) == 1:
+        for figure, value in results[0].scores.items():
+            console.print(f"{figure}: {value:.2f}")
 
 
 def _row(result: Result, mark: str) -> dict[str, str]:
@@ -93,25 +111,29 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
         save_figure(figure, axes, unfinished)
 
 
-def card_results(results: Sequence[Result], data: str, metric: str) -> list[EvalResult]:
-    """The package's own score, and beside a dense model what it keeps of that one's, for the card's metadata.
+def card_score(
+    results: Sequence[Result], data: str, dataset: str | None, figure: str, questions: int, note: str | None
+) -> Score:
+    """The package's score, beside a dense model what it keeps of that one's, for the package's evaluation.json.
 
     Args:
-        data: name of the questions.
+        results: the package's last; before it the dense model's, if that was evaluated.
+        data, dataset, note: as of [`Score`].
+        figure: which of the scores the headline is.
+        questions: how many that tells of.
     """
-    own = results[-1]
-    values = {metric: own.headline}
-    if own is not results[0]:
-        values |= {f"{metric}, base model": results[0].headline, f"{metric}, % of base model": own.retention}
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=data,
-            dataset_name=data,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(value, 2),
-        )
-        for name, value in values.items()
-        if value is not None
-    ]
+    own, base = results[-1], results[0] if len(results) > 1 else None
+    return Score(
+        data=data,
+        dataset=dataset,
+        metric=figure,
+        questions=questions,
+        score=own.headline,
+        interval=own.interval,
+        base_score=base and base.headline,
+        base_interval=base and base.interval,
+        percent_of_base=own.retention,
+        percent_interval=own.retention_interval,
+        date=date.today().isoformat(),
+        note=note,
+    )

@@ -18,7 +18,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.questions import Question
-from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, score
+from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
 from shortv_llava.flops import flops_ratio
 from shortv_llava.package import LAYER_LISTS
 
@@ -98,6 +98,11 @@ def choose_variants(config, compare: bool = False, sweep: Sequence[int] = ()) ->
     return ([Variant(DENSE, units.frozen([]))] if compare else []) + [Variant(DENSE if is_dense else OWN, own)]
 
 
+def answers_file(variant: str, number: int) -> str:
+    """The name of a variant's answers file, one of `number`."""
+    return "answers.jsonl" if number == 1 else f"answers-{variant}.jsonl"
+
+
 def evaluate(
     answerer: Answerer,
     questions: Sequence[Question],
@@ -105,6 +110,7 @@ def evaluate(
     output: Path,
     model_id: str,
     metric: str | None = None,
+    subset: str | None = None,
     **metric_kwargs,
 ) -> list[Result]:
     """Let each variant answer the questions, write the answers into `output`, score and compare them.
@@ -115,6 +121,7 @@ def evaluate(
     Args:
         output: the folder; `answers.jsonl` for a single variant, else `answers-NAME.jsonl` for each.
         metric: of `metrics/`; without one, answers are only written and compared.
+        subset: of questions, by whose score variants are compared; all by default.
 
     Raises:
         ShortVError: if references are missing, a picture cannot be read, or `output` holds other answers.
@@ -125,9 +132,9 @@ def evaluate(
     state = PartialState()
     files = {}
     for variant in variants:
-        name = "answers" if len(variants) == 1 else f"answers-{variant.name}"
         metadata = variant.frozen | answerer.settings
-        files[variant.name] = AnswersFile(output / f"{name}.jsonl", model_id, metadata, questions)
+        path = output / answers_file(variant.name, len(variants))
+        files[variant.name] = AnswersFile(path, model_id, metadata, questions)
     measured = output / "measured.jsonl"
     before = _read_measured(measured)
     state.wait_for_everyone()  # before anyone writes
@@ -176,7 +183,7 @@ def evaluate(
     for name, result in results.items():
         result.answers = files[name].answers
     if state.is_main_process:
-        _score(list(results.values()), questions, metric, metric_kwargs)
+        _score(list(results.values()), questions, metric, subset, metric_kwargs)
     return list(results.values())
 
 
@@ -191,16 +198,17 @@ def _read_measured(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _score(results: list[Result], questions, metric: str | None, metric_kwargs: dict) -> None:
+def _score(results: list[Result], questions, metric: str | None, subset: str | None, metric_kwargs: dict) -> None:
     """Score each result and compare it with the first."""
     first = results[0]
     if metric is not None:
         answers = {result.name: result.answers for result in results}
-        intervals = bootstrap(metric, questions, answers, **metric_kwargs)
+        intervals = bootstrap(metric, of_subset(questions, subset), answers, **metric_kwargs)
     for result in results:
         if metric is not None:
             result.scores = score(metric, questions, result.answers, **metric_kwargs)
-            result.headline, result.interval = headline(metric, result.scores), intervals.headline[result.name]
+            result.headline = headline(metric, result.scores, subset)
+            result.interval = intervals.headline[result.name]
         if len(results) > 1:
             same = [result.answers[id] == answer for id, answer in first.answers.items()]
             result.agreement = 100 * statistics.mean(same)

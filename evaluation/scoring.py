@@ -22,12 +22,14 @@ METRICS = Path(__file__).parent / "metrics"
 HEADLINES = {
     "vqa_accuracy": ("accuracy",),
     "gqa": ("accuracy",),
-    "pope": ("f1",),
+    "pope": ("mean_f1", "f1"),
     "mme": ("perception",),
     "multiple_choice": ("circular_accuracy", "accuracy"),
     "cider": ("cider",),
 }
 SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module gives points and percent by itself
+
+TERMS = {"mme": "tasks", "pope": "categories"}  # the detail by which questions go into one ratio of the headline's
 
 RESAMPLES = 1000
 
@@ -101,14 +103,29 @@ def score(metric: str, questions: Sequence[Question], answers: dict, **kwargs) -
     given = answers_of(questions, answers)
     scores = _flatten(_compute(metric, questions, given, kwargs), SCALES[metric])
     for subset in sorted({question.details.get("subset") for question in questions} - {None}):
-        members = [(q, answer) for q, answer in zip(questions, given) if q.details.get("subset") == subset]
-        scores |= _flatten({subset: _compute(metric, *zip(*members), kwargs)}, SCALES[metric])
+        members = of_subset(questions, subset)
+        scores |= _flatten({subset: _compute(metric, members, answers_of(members, answers), kwargs)}, SCALES[metric])
     return scores
 
 
-def headline(metric: str, scores: dict[str, float]) -> float:
-    """The figure of [`score`] by which variants of a model are compared."""
-    return next(scores[name] for name in HEADLINES[metric] if name in scores)
+def headline(metric: str, scores: dict[str, float], subset: str | None = None) -> float:
+    """The figure of [`score`] by which variants of a model are compared, see [`headline_name`]."""
+    return scores[headline_name(metric, scores, subset)]
+
+
+def headline_name(metric: str, scores: dict[str, float], subset: str | None = None) -> str:
+    """The name of the figure by which variants of a model are compared.
+
+    Args:
+        subset: of which it shall tell; of all questions by default.
+    """
+    names = [name if subset is None else f"{subset}/{name}" for name in HEADLINES[metric]]
+    return next(name for name in names if name in scores)
+
+
+def of_subset(questions: Sequence[Question], subset: str | None) -> list[Question]:
+    """The questions of a subset; all if it is None."""
+    return [question for question in questions if subset is None or question.details.get("subset") == subset]
 
 
 def answers_of(questions: Sequence[Question], answers: dict) -> list[str]:
@@ -240,19 +257,20 @@ def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], 
     for number, question in enumerate(questions):
         together = [question.details[name] for name in ("tasks", "images", "groups") if name in question.details]
         units.setdefault(tuple(together) or question.id, []).append(number)
-    terms = functions("mme").PERCEPTION if metric == "mme" else (None,)
+    term_of = [question.details.get(TERMS.get(metric)) for question in questions]
+    terms = functions("mme").PERCEPTION if metric == "mme" else tuple(dict.fromkeys(term_of))
     shares = np.zeros((len(questions), 2, len(terms)))
     for numbers in units.values():
         members = [questions[number] for number in numbers]
-        term = members[0].details["tasks"] if metric == "mme" else None
-        if term not in terms:
+        if term_of[numbers[0]] not in terms:
             continue
         result = _compute(metric, members, [answers[number] for number in numbers], kwargs)
-        if metric == "pope":  # F1: true positives twice, over those said and those true
-            part, whole = 2 * result["recall"], result["yes_ratio"] + (members[0].reference.strip().lower() == "yes")
+        if metric == "pope":  # F1: true positives twice, over those said and those true; of categories the mean
+            whole = result["yes_ratio"] + (members[0].reference.strip().lower() == "yes")
+            part = 2 * result["recall"] / len(terms)
         else:
             part, whole = headline(metric, result), 1.0
-        shares[numbers[0], :, terms.index(term)] = SCALES[metric] * part, whole
+        shares[numbers[0], :, terms.index(term_of[numbers[0]])] = SCALES[metric] * part, whole
     return shares
 
 

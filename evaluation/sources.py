@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from shortv_llava.package import hub_reason
 
 REACH_SECONDS = 10
 SHUFFLE_BUFFER = 200  # rows, most of them with a picture
+FORMER_OWNERS = {"lmms-lab-encoder": "lmms-lab"}  # of data sets that moved; copies may be found under either
 
 
 class Table(NamedTuple):
@@ -39,8 +40,9 @@ def table_questions(table: Table, make: Callable[[dict], Question]) -> list[Ques
     """The questions of a table. Pictures stay on the disk until they are asked for.
 
     Args:
-        make: gives the question for a row, without pictures. The row lacks the column `image` and has its `number`. If
-            the question has no `image_id`, it gets the digest of its picture, for which all pictures are read once.
+        make: gives the question for a row, without pictures. The row lacks the column `image` and has its `number` and
+            the `image_file` that its picture came from, None if unknown. If the question has no `image_id`, it gets the
+            digest of its picture, for which all pictures are read once.
 
     Raises:
         ShortVError: if the table cannot be had, or names a picture that is not there.
@@ -52,7 +54,9 @@ def table_questions(table: Table, make: Callable[[dict], Question]) -> list[Ques
         pictures, texts = load_table(table._replace(name=table.pictures)), rows
         place_of = {id: place for place, id in enumerate(pictures["id"])}
     pictures = pictures.select_columns("image")
-    questions, ids = [make(row | {"number": number}) for number, row in enumerate(texts)], None
+    files = _file_names(pictures) if table.pictures is None else [None] * len(texts)
+    rows = ({**row, "number": number, "image_file": file} for number, (row, file) in enumerate(zip(texts, files)))
+    questions, ids = list(map(make, rows)), None
     for number, question in enumerate(questions):
         if question.image_id is None:
             ids = _digests(pictures) if ids is None else ids
@@ -73,6 +77,8 @@ def load_table(table: Table, **options):
     Args:
         options: for `load_dataset`.
 
+    A data set that moved is looked for where it is now, then where it was.
+
     Raises:
         ShortVError: if the datasets library is missing or the table cannot be had.
     """
@@ -82,17 +88,28 @@ def load_table(table: Table, **options):
         raise ShortVError(
             f"{table.repository}: reading it needs the datasets library; pip install 'shortv-llava[eval]'"
         ) from error
-    check_reachable(table.repository)
     if table.files is not None:
         # The data set's card counts the rows of all splits; with some of the files, that check would fail.
         options |= {"data_files": {table.split: table.files}, "verification_mode": "no_checks"}
-    try:
-        return load_dataset(table.repository, table.name, split=table.split, **options)
-    except Exception as error:  # of many libraries below: network, formats, missing splits
-        raise _out_of_reach(table, error) from error
+    places, problems = _places(table.repository), []
+    for place in places:
+        try:
+            _reach(place)
+            return load_dataset(place, table.name, split=table.split, **options)
+        except ShortVError as error:
+            problems.append(error)
+        except Exception as error:  # of many libraries below: network, formats, missing splits
+            problems.append(_out_of_reach(error))
+    raise ShortVError(f"{', formerly '.join(places)}: {problems[0]}") from problems[0]
 
 
-def check_reachable(repository: str) -> None:
+def _places(repository: str) -> list[str]:
+    """Where a data set may be, the newest place first."""
+    owner, _, name = repository.partition("/")
+    return [repository] + ([f"{FORMER_OWNERS[owner]}/{name}"] if owner in FORMER_OWNERS else [])
+
+
+def _reach(repository: str) -> None:
     """Ask the Hub for a data set once; the datasets library would repeat itself for half a minute.
 
     Folders, and what was downloaded before if HF_HUB_OFFLINE is set, need no Hub.
@@ -106,7 +123,7 @@ def check_reachable(repository: str) -> None:
         HfApi().dataset_info(repository, timeout=REACH_SECONDS)
     except Exception as error:  # the client's errors differ by version and transport
         raise ShortVError(
-            f"{repository}: cannot be read: {hub_reason(error)}, or set HF_HUB_OFFLINE=1 if it was downloaded before"
+            f"cannot be read: {hub_reason(error)}, or set HF_HUB_OFFLINE=1 if it was downloaded before"
         ) from error
 
 
@@ -127,7 +144,7 @@ def stream(table: Table, shuffle_seed: int | None = None, take: int | None = Non
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
         yield from rows if take is None else rows.take(take)
     except Exception as error:  # the download happens here
-        raise _out_of_reach(table, error) from error
+        raise ShortVError(f"{table.repository}: {_out_of_reach(error)}") from error
 
 
 def column(table: Table, name: str) -> list:
@@ -139,11 +156,9 @@ def column(table: Table, name: str) -> list:
     return [row[name] for row in stream(table, columns=[name])]
 
 
-def _out_of_reach(table: Table, error: Exception) -> ShortVError:
+def _out_of_reach(error: Exception) -> ShortVError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ShortVError(
-        f"{table.repository}: cannot be read ({reason}); check the connection, or give data on this disk with --data"
-    )
+    return ShortVError(f"cannot be read ({reason}); check the connection, or give data on this disk with --data")
 
 
 def _picture(pictures, place: int) -> Image.Image:
@@ -153,6 +168,16 @@ def _picture(pictures, place: int) -> Image.Image:
 def _middle(pictures: Any) -> Any:
     """Of a video, which comes as several frames, LLaVA is shown the one in the middle."""
     return pictures[(len(pictures) - 1) // 2] if isinstance(pictures, list) else pictures
+
+
+def _file_names(pictures) -> list[str | None]:
+    """Of each picture the file it came from, as far as the table tells; of a video None."""
+    from pyarrow import compute, types
+
+    files = pictures.data.column("image")
+    if not types.is_struct(files.type):
+        return [None] * len(pictures)
+    return compute.struct_field(files, "path").to_pylist()  # the pictures themselves are not read
 
 
 def _digests(pictures) -> list[str | None]:
@@ -172,22 +197,22 @@ def digest(data: bytes) -> str:
 
 
 def jsonl_questions(
-    path: str,
-    images: str,
+    paths: Sequence[str],
+    images: Sequence[str],
     answers: Callable[[Path], Callable[[dict], tuple[Any, dict]]],
     root: Path,
 ) -> list[Question]:
     """The questions of a JSON-lines file of LLaVA's `eval.zip`; their texts are whole prompts.
 
     Args:
-        path: of the file, below `root`.
-        images: folder of its pictures, below `root`.
+        paths: where the file may be, below `root`.
+        images: where the folder of its pictures may be, below `root`.
         answers: given `root`, a function from an entry of the file to the question's reference and details.
 
     Raises:
         ShortVError: if a file is missing or a picture is not in its folder.
     """
-    file, folder = find(root, path), find(root, images)
+    file, folder = find(root, *paths), find(root, *images)
     answer = answers(root)
     questions = []
     for number, entry in read_jsonl(file):

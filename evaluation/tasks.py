@@ -6,7 +6,7 @@ the Hub's tables.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path, PurePath
@@ -34,10 +34,15 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
 MME_FOLDER = "MME/MME_Benchmark_release_version"
-MMBENCH_CN_FILES = (  # where LLaVA's script and where its documentation has it
+# Where LLaVA's scripts and where its documentation have them.
+MMBENCH_CN_FILES = (
     "mmbench_cn/mmbench_dev_cn_20231003.tsv",
     "mmbench/mmbench_dev_cn_20231003.tsv",
 )
+Q_BENCH_IMAGES = ("qbench/images_llvisionqa", "qbench/images_llviqionqa")
+MM_VET_FILES = ("mm-vet/llava-mm-vet.jsonl", "mmvet/llava-mm-vet.jsonl")
+MM_VET_IMAGES = ("mm-vet/images", "mmvet/images", "mmvet/mm-vet/images")
+SEED_HUB_NOTE = "of a video the Hub's table has other frames than the one that LLaVA cut out; the middle one is shown"
 YES_OR_NO = "Please answer yes or no."  # ends MME's own questions, LLaVA puts SHORT in its place
 
 
@@ -49,11 +54,13 @@ class Task(NamedTuple):
         max_new_tokens: of an answer, as in LLaVA's script.
         load: its questions, with distinct ids, from the Hub (None) or from a folder in LLaVA's layout. Raises
             ShortVError if data are missing or not laid out as expected.
-        write_upload: for those scored elsewhere: writes questions and answers (by id) into a folder, as the file that
-            is expected there, and returns its path. TextVQA has it for LLaVA's own scorer, which knows questions about
-            one picture by the same id.
+        write_upload: for those scored elsewhere from another file than LLaVA's answers file: writes questions and
+            answers (by id) into a folder, as the file that is expected there, and returns its path.
         metric_kwargs: constant arguments of the metric.
-        vicuna_system, image_aspect_ratio: as LLaVA's script for it has them.
+        dataset: Hub id of its data.
+        subset: of its questions, by whose score papers compare; all if None.
+        hub_note: how the Hub's tables differ from LLaVA's own set.
+        vicuna_system, image_aspect_ratio: as LLaVA's script for it has them; `crop` for CLIP's crop to the middle.
     """
 
     name: str
@@ -62,6 +69,9 @@ class Task(NamedTuple):
     load: Callable[[Path | None], list[Question]]
     write_upload: Callable[[list[Question], dict, Path], Path] | None
     metric_kwargs: dict
+    dataset: str
+    subset: str | None = None
+    hub_note: str | None = None
     vicuna_system: str = TUNING_SYSTEM
     image_aspect_ratio: str = "pad"
 
@@ -70,13 +80,16 @@ def _task(
     name: str,
     metric: str | None,
     max_new_tokens: int,
-    hub: Callable[[], list[Question]],
+    hub: "partial[list[Question]]",
     folder: Callable[[Path], list[Question]],
     upload: tuple[str, Callable[[uploads.Answered], str | bytes]] | None = None,
+    by_picture: bool = False,
     **metric_kwargs,
 ) -> Task:
     write = None if upload is None else partial(uploads.write_upload, *upload)
-    return Task(name, metric, max_new_tokens, partial(_load, name, hub, folder), write, metric_kwargs)
+    load, dataset = partial(_load, name, hub, folder), hub.args[0].repository  # of `_table`'s Table
+    load, subset = (_by_picture(load), "image") if by_picture else (load, None)
+    return Task(name, metric, max_new_tokens, load, write, metric_kwargs, dataset, subset)
 
 
 def _load(name: str, hub, folder, root: Path | None) -> list[Question]:
@@ -114,7 +127,7 @@ def _options(choices: Iterable[str]) -> str:
 
 @cache
 def _vqav2_test_ids() -> list[int]:
-    return column(Table("lmms-lab/VQAv2", "test", files="data/test-*"), "question_id")
+    return column(Table("lmms-lab-encoder/VQAv2", "test", files="data/test-*"), "question_id")
 
 
 def _vqav2_row(row: dict) -> Question:
@@ -135,15 +148,22 @@ def _vizwiz_row(row: dict) -> Question:
 def _scienceqa_row(row: dict) -> Question:
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     text = context + row["question"] + _options(row["choices"]) + LETTER
-    reference, details = ascii_uppercase[row["answer"]], {"choices": row["choices"]}
-    return Question(row["number"], text, reference=reference, details=details)
+    return _scienceqa_question(row["number"], text, row)
 
 
-def _by_picture(load: Callable[..., list[Question]]) -> Callable[..., list[Question]]:
-    """Questions with and without a picture are scored apart as well, as LLaVA does."""
+def _scienceqa_question(id: int | str, text: str, problem: dict) -> Question:
+    return Question(id, text, reference=ascii_uppercase[problem["answer"]], details={"choices": problem["choices"]})
 
-    def load_both(*args) -> list[Question]:
-        return [q._replace(details=q.details | {"subset": "image" if q.images else "text"}) for q in load(*args)]
+
+def _by_picture(load: Callable[[Path | None], list[Question]]) -> Callable[[Path | None], list[Question]]:
+    """Questions with and without a picture are scored apart as well; LLaVA's script tells them by their prompts."""
+
+    def load_both(root: Path | None) -> list[Question]:
+        questions = []
+        for q in load(root):
+            apart = {"subset": "image", "prompt": f"<image>\n{q.text}"} if q.images else {"subset": "text"}
+            questions.append(q._replace(details=q.details | apart))
+        return questions
 
     return load_both
 
@@ -165,7 +185,10 @@ def _mme_row(row: dict) -> Question:
 
 
 def _mmbench_row(instruction: str, row: dict) -> Question:
-    """The table holds each question once for every rotation of its options, a million apart in `index`."""
+    """The table holds each question once for every rotation of its options, a million apart in `index`.
+
+    A text "None" is taken for a missing option, as by LLaVA, even where it is the right one.
+    """
     row = {name: None if str(value).lower() in ("nan", "none") else value for name, value in row.items()}
     choices = list(takewhile(lambda choice: choice is not None, (row[letter] for letter in "ABCD")))
     hint = "" if row["hint"] is None else f"{row['hint']}\n"
@@ -175,7 +198,7 @@ def _mmbench_row(instruction: str, row: dict) -> Question:
         index,
         hint + row["question"] + _options(choices) + instruction,
         reference=row.get("answer"),
-        details={"choices": choices, "groups": index % 1_000_000, "row": upload},
+        details={"choices": [row[letter] for letter in "ABCD"], "groups": index % 1_000_000, "row": upload},
     )
 
 
@@ -193,7 +216,8 @@ def _open_row(row: dict) -> Question:
 
 def _q_bench_row(row: dict) -> Question:
     candidates = [row[f"option{n}"] for n in range(4) if row[f"option{n}"] != "N/A"]
-    entry = {"id": row["id"], "question": row["question"], "candidates": candidates}
+    entry = {"id": row["id"], "img_path": row["image_file"], "question": row["question"], "candidates": candidates}
+    entry["correct_ans"] = candidates[ascii_uppercase.index(row["correct_choice"])]
     return _q_bench_question(entry, row["id"], row["correct_choice"])
 
 
@@ -288,8 +312,7 @@ def _scienceqa_folder(root: Path) -> list[Question]:
         if name is not None:
             images = (image_file(find(root, "scienceqa/images/test"), name, f"{file}, question {entry['id']}"),)
         text = entry["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
-        reference, details = ascii_uppercase[problem["answer"]], {"choices": problem["choices"]}
-        questions.append(Question(entry["id"], text, images, name, reference, details))
+        questions.append(_scienceqa_question(entry["id"], text, problem)._replace(images=images, image_id=name))
     return questions
 
 
@@ -304,7 +327,7 @@ def _mmbench_folder(instruction: str, names: tuple[str, ...], root: Path) -> lis
 
 
 def _q_bench_folder(root: Path) -> list[Question]:
-    file, folder = find(root, "qbench/llvisionqa_dev.json"), find(root, "qbench/images_llvisionqa")
+    file, folder = find(root, "qbench/llvisionqa_dev.json"), find(root, *Q_BENCH_IMAGES)
     questions = []
     for entry in read_json(file, list):
         name = entry["img_path"]
@@ -317,12 +340,15 @@ def _q_bench_folder(root: Path) -> list[Question]:
 # --- The tasks -------------------------------------------------------------------------------------------------------
 
 
-def _table(make: Callable[[dict], Question], *table, **options) -> Callable[[], list[Question]]:
+def _table(make: Callable[[dict], Question], *table, **options) -> "partial[list[Question]]":
     return partial(table_questions, Table(*table, **options), make)
 
 
-def _jsonl(path: str, images: str, answers: Callable) -> Callable[[Path], list[Question]]:
-    return partial(jsonl_questions, path, images, answers)
+def _jsonl(
+    paths: str | Sequence[str], images: str | Sequence[str], answers: Callable
+) -> Callable[[Path], list[Question]]:
+    paths, images = ((names,) if isinstance(names, str) else names for names in (paths, images))
+    return partial(jsonl_questions, paths, images, answers)
 
 
 TASKS: dict[str, Task] = {
@@ -332,7 +358,7 @@ TASKS: dict[str, Task] = {
             name="vqav2",
             metric=None,
             max_new_tokens=128,
-            hub=_table(_vqav2_row, "lmms-lab/VQAv2", "testdev", files="data/testdev-*"),
+            hub=_table(_vqav2_row, "lmms-lab-encoder/VQAv2", "testdev", files="data/testdev-*"),
             folder=_jsonl("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "vqav2/test2015", _vqav2_answers),
             upload=("vqav2.json", uploads.vqav2),
         ),
@@ -342,7 +368,7 @@ TASKS: dict[str, Task] = {
             max_new_tokens=128,
             hub=_table(
                 _gqa_row,
-                "lmms-lab/GQA",
+                "lmms-lab-encoder/GQA",
                 "testdev",
                 "testdev_balanced_instructions",
                 pictures="testdev_balanced_images",
@@ -353,7 +379,7 @@ TASKS: dict[str, Task] = {
             name="vizwiz",
             metric=None,
             max_new_tokens=128,
-            hub=_table(_vizwiz_row, "lmms-lab/VizWiz-VQA", "test", files="data/test-*"),
+            hub=_table(_vizwiz_row, "lmms-lab-encoder/VizWiz-VQA", "test", files="data/test-*"),
             folder=_jsonl("vizwiz/llava_test.jsonl", "vizwiz/test", _vizwiz_answers),
             upload=("vizwiz.json", uploads.vizwiz),
         ),
@@ -361,69 +387,72 @@ TASKS: dict[str, Task] = {
             name="scienceqa",
             metric="multiple_choice",
             max_new_tokens=1024,
-            hub=_by_picture(_table(_scienceqa_row, "lmms-lab/ScienceQA", "test", "ScienceQA-FULL")),
-            folder=_by_picture(_scienceqa_folder),
+            hub=_table(_scienceqa_row, "lmms-lab-encoder/ScienceQA", "test", "ScienceQA-FULL"),
+            folder=_scienceqa_folder,
+            by_picture=True,
+            rule="scienceqa",
         ),
         _task(
             name="textvqa",
             metric="vqa_accuracy",
             max_new_tokens=128,
-            hub=_table(_textvqa_row, "lmms-lab/textvqa", "validation", files="data/validation-*"),
+            hub=_table(_textvqa_row, "lmms-lab-encoder/textvqa", "validation", files="data/validation-*"),
             folder=_jsonl("textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images", _textvqa_answers),
-            upload=("textvqa.jsonl", uploads.llava_answers),
             normalization="evalai",
         ),
         _task(
             name="pope",
             metric="pope",
             max_new_tokens=128,
-            hub=_table(_pope_row, "lmms-lab/POPE", "test"),
+            hub=_table(_pope_row, "lmms-lab-encoder/POPE", "test"),
             folder=_jsonl("pope/llava_pope_test.jsonl", "pope/val2014", _pope_answers),
-        ),
+        )._replace(hub_note="the Hub's table has 9,000 questions, LLaVA's set 8,910"),
         _task(
             name="mme",
             metric="mme",
             max_new_tokens=128,
-            hub=_table(_mme_row, "lmms-lab/MME", "test"),
+            hub=_table(_mme_row, "lmms-lab-encoder/MME", "test"),
             folder=_jsonl("MME/llava_mme.jsonl", MME_FOLDER, _mme_answers),
         ),
         _task(
             name="mmbench",
             metric="multiple_choice",
             max_new_tokens=1024,
-            hub=_table(partial(_mmbench_row, LETTER), "lmms-lab/MMBench", "dev", "en"),
+            hub=_table(partial(_mmbench_row, LETTER), "lmms-lab-encoder/MMBench", "dev", "en"),
             folder=partial(_mmbench_folder, LETTER, ("mmbench/mmbench_dev_20230712.tsv",)),
             upload=("mmbench.xlsx", uploads.mmbench),
-        ),
+            rule="mmbench",
+        )._replace(hub_note="the Hub's table has 4,329 rows, LLaVA's file of July 2023 4,377"),
         _task(
             name="mmbench_cn",
             metric="multiple_choice",
             max_new_tokens=1024,
-            hub=_table(partial(_mmbench_row, LETTER_CN), "lmms-lab/MMBench", "dev", "cn"),
+            hub=_table(partial(_mmbench_row, LETTER_CN), "lmms-lab-encoder/MMBench", "dev", "cn"),
             folder=partial(_mmbench_folder, LETTER_CN, MMBENCH_CN_FILES),
             upload=("mmbench_cn.xlsx", uploads.mmbench),
+            rule="mmbench",
         ),
         _task(
             name="seed_bench",
             metric="multiple_choice",
             max_new_tokens=128,
-            hub=_table(_seed_row, "lmms-lab/SEED-Bench", "test"),
+            hub=_table(_seed_row, "lmms-lab-encoder/SEED-Bench", "test"),
             folder=_jsonl("seed_bench/llava-seed-bench.jsonl", "seed_bench", _seed_answers),
-        ),
+            rule="letter",
+        )._replace(hub_note=SEED_HUB_NOTE),
         _task(
             name="llava_bench",
             metric=None,
             max_new_tokens=1024,
-            hub=_table(_open_row, "lmms-lab/llava-bench-in-the-wild", "train"),
+            hub=_table(_open_row, "lmms-lab-encoder/llava-bench-in-the-wild", "train"),
             folder=_jsonl("llava-bench-in-the-wild/questions.jsonl", "llava-bench-in-the-wild/images", _no_answers),
-            upload=("llava_bench.jsonl", uploads.llava_answers),
         ),
         _task(
             name="mm_vet",
             metric=None,
             max_new_tokens=1024,
-            hub=_table(_open_row, "lmms-lab/MMVet", "test"),
-            folder=_jsonl("mm-vet/llava-mm-vet.jsonl", "mm-vet/images", _no_answers),
+            hub=_table(_open_row, "lmms-lab-encoder/MMVet", "test"),
+            folder=_jsonl(MM_VET_FILES, MM_VET_IMAGES, _no_answers),
             upload=("mm_vet.json", uploads.mm_vet),
         ),
         _task(
@@ -433,6 +462,7 @@ TASKS: dict[str, Task] = {
             hub=_table(_q_bench_row, "q-future/Q-Bench-HF", "dev", files="data/dev-*"),
             folder=_q_bench_folder,
             upload=("q_bench.jsonl", uploads.q_bench),
-        )._replace(vicuna_system=CHAT_SYSTEM, image_aspect_ratio="base"),
+            rule="mmbench",
+        )._replace(vicuna_system=CHAT_SYSTEM, image_aspect_ratio="crop"),
     )
 }

@@ -2,7 +2,6 @@
 
 import io
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -92,24 +91,6 @@ def mmbench(answered: Answered) -> bytes:
 
 def mm_vet(answered: Answered) -> str:
     return json.dumps({f"v1_{question.id}": answer for question, answer in answered}, indent=2)
-
-
-def llava_answers(answered: Answered) -> str:
-    """LLaVA's answers file, under the ids that its scoring scripts look for, although some come twice."""
-    return "".join(
-        json.dumps(
-            {
-                "question_id": question.details.get("question_id", question.id),
-                "prompt": question.text,
-                "text": answer,
-                "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, f"{question.id}\n{answer}").hex,
-                "model_id": "shortv-llava",
-                "metadata": {},
-            }
-        )
-        + "\n"
-        for question, answer in answered
-    )
 
 
 def q_bench(answered: Answered) -> str:

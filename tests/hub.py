@@ -7,9 +7,9 @@
 The client is the installed one. None of its code is replaced, it is configured: inside the `with` block this process
 has the server as HF_ENDPOINT, is online, and has Xet off; a subprocess gets the same by the environment `hub.env(...)`.
 
-Only models and Spaces exist; the id of a Space is "spaces/alice/page" here. Large files move over LFS, as to any client
-without Xet, and live behind a second port: like the storage hosts of the real Hub it is another origin, which gets
-signed links and no token.
+Only models, Spaces and collections of them exist; the id of a Space is "spaces/alice/page" here. Large files move over
+LFS, as to any client without Xet, and live behind a second port: like the storage hosts of the real Hub it is another
+origin, which gets signed links and no token.
 """
 
 import base64
@@ -255,6 +255,7 @@ class Hub:
 
     Attributes:
         url (`str`): the endpoint to give to the client.
+        collections (`dict[str, list[str]]`): the repositories' ids by slug; fill it to make one.
         requests (`list[Call]`): every request answered, in order.
         served (`Counter`): bytes of file content sent, by (repo id, path).
         received_bytes (`int`): bytes received as LFS uploads, those of failed uploads included.
@@ -272,6 +273,7 @@ class Hub:
         self.requests, self.faults, self.served, self.received_bytes = [], [], Counter(), 0
         self._settings = contextlib.ExitStack()
         self._repos, self._signature = {}, secrets.token_hex(8)
+        self.collections = {}  # slug to the ids in it, as those of repositories
         self._lock, self._closed, self._failures = threading.RLock(), threading.Event(), []
 
     def __enter__(self):
@@ -704,6 +706,46 @@ def _refs(hub, request, repo_id):
     return _json({**listing, "converts": []})
 
 
+@_endpoint("GET", f"{API}/xet-(read|write)-token/{REVISION}")
+def _xet_token(hub, request, repo_id, revision):
+    raise HubError(404, "Sorry, we can't find the page you are looking for.")
+
+
+COLLECTION = r"/api/collections/(?P<slug>[^/]+/[^/]+)"
+
+
+def _collection(hub, slug):
+    if slug not in hub.collections:
+        raise HubError(404, "Collection not found")
+    items = [
+        {"_id": f"{number:024x}", "id": name.removeprefix("spaces/"), "position": number}
+        | {"type": "space" if name.startswith("spaces/") else "model"}
+        for number, name in enumerate(hub.collections[slug])
+    ]
+    about = {"slug": slug, "title": slug.split("/")[1], "owner": {"name": slug.split("/")[0]}, "private": False}
+    about |= {"lastUpdated": "2024-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+    return _json({**about, "items": items})
+
+
+@_endpoint("GET", COLLECTION)
+def _get_collection(hub, request, slug):
+    return _collection(hub, slug)
+
+
+@_endpoint("POST", f"{COLLECTION}/items")
+def _add_to_collection(hub, request, slug):
+    user, item = request.user, request.json()["item"]
+    if user is None or user.role != "write" or not user.owns(slug):
+        raise HubError(403, "You don't have the rights to change this collection")
+    repo_id = f"{'spaces/' * (item['type'] == 'space')}{item['id']}"
+    answer = _collection(hub, slug)
+    hub._readable(request, repo_id)
+    if repo_id in hub.collections[slug]:
+        raise HubError(409, "Item already exists in collection")
+    hub.collections[slug].append(repo_id)
+    return answer
+
+
 @_endpoint("GET", f"{API}/commits/{REVISION}")
 def _commits(hub, request, repo_id, revision):
     hub._readable(request, repo_id)
@@ -822,11 +864,26 @@ def _commit(hub, request, repo_id, revision):
     errors = check_card(files["README.md"].data.decode())[0] if "README.md" in files else []
     if errors:
         raise HubError(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
+    for path, file in files.items():
+        if re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", path) and not _are_results(file.data):
+            raise HubError(400, f"Invalid evaluation results in {path}")
     oid = repo.commit(ref, parent, files, header["summary"], header.get("description", ""), request.user.name).oid
     answer = {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{repo_id}/commit/{oid}", "hookOutput": ""}
     if create_pr:
         answer["pullRequestUrl"] = f"{hub.url}/{repo_id}/discussions/{ref.split('/')[-1]}"
     return _json(answer)
+
+
+def _are_results(content):
+    """Whether a file has the form of https://huggingface.co/docs/hub/eval-results."""
+    known = {"dataset", "value", "verifyToken", "date", "source", "notes"}
+    return all(
+        {"dataset", "value"} <= entry.keys() <= known
+        and {"id", "task_id"} <= entry["dataset"].keys() <= {"id", "task_id", "revision"}
+        and isinstance(entry["value"], int | float)
+        and "url" in entry.get("source", {"url"})
+        for entry in yaml.safe_load(content)
+    )
 
 
 def _apply(repo, files, key, path, content="", oid=None, **_):

@@ -61,6 +61,13 @@ def test_fused_norms_change_nothing_else():
     torch.testing.assert_close(stock(**inputs).logits, expected)
 
 
+def test_a_fit_is_timed_and_worked_out():
+    printed = bench("correction-fit", "--model", "tiny", "--for", "scaled", "--pictures", "1", "--rank", "4")
+    measured, worked_out = printed.splitlines()
+    assert measured.startswith("tiny, 2 of 3 layers, 1 picture:")
+    assert worked_out.startswith("scaled, 13 of 16 layers, 200 pictures:") and " 0.8 GB of states" in worked_out
+
+
 def test_decoding():
     printed = bench("decoding", "--model", "tiny", "--tokens", "3")
     assert [line.split(":")[0] for line in printed.splitlines()] == ["tiny, growing cache", "tiny, static cache"]

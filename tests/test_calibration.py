@@ -7,21 +7,32 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from command import shortv_here
 from PIL import Image
+from safetensors.torch import load_file
 
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
-from shortv_llava.calibrate.samples import draw, embedded_samples, flickr30k_samples, gqa_samples
+from shortv_llava.calibrate.samples import (
+    draw,
+    embedded_samples,
+    fit_samples,
+    flickr30k_samples,
+    gqa_samples,
+    load_samples,
+)
 from shortv_llava.calibrate.selection import Choice, Units, bootstrap, lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 from shortv_llava.outputs import JOURNAL
-from shortv_llava.package import load_model
+from shortv_llava.package import CORRECTION_FILE, load_model
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 
@@ -55,7 +66,8 @@ def processor():
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("calibrated") / "package"
-    done = run(output, "--tokens", "visual,text", "--granularity", "auto")
+    options = ("--tokens", "visual,text", "--granularity", "auto")
+    done = shortv_here("calibrate", CHECKPOINT, "--output", output, *QUICK, *options)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -110,10 +122,23 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     assert (cut / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
 
 
+FIT = ("--layers", "7,2,5", "--correction-rank", "8", "--correction-samples", "7")
+
+
+def test_states_on_disk_give_the_same_fit(tmp_path, monkeypatch):
+    for name, free in (("memory", 2**40), ("disk", 0)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / name, *QUICK, *FIT).returncode == 0
+    memory, disk = (load_file(tmp_path / name / CORRECTION_FILE) for name in ("memory", "disk"))
+    assert len(memory) == 9 and all(torch.equal(memory[name], disk[name]) for name in memory)
+    assert {path.name for path in tmp_path.iterdir()} == {"memory", "disk"}
+
+
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path):
+@pytest.mark.parametrize("options", [(), FIT], ids=["scores", "corrections"])
+def test_two_processes_find_what_one_does(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(one).returncode == 0
+    assert run(one, *options).returncode == 0
     launch = [
         sys.executable,
         "-m",
@@ -125,9 +150,20 @@ def test_two_processes_find_what_one_does(tmp_path):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "shortv_llava.calibrate"]
-    done = run(two, launch=launch)
+    done = run(two, *options, launch=launch)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
+    if options:
+        found, expected = (load_file(folder / CORRECTION_FILE) for folder in (two, one))
+        for layer in (2, 5, 7):
+            maps = []
+            for tensors in (found, expected):
+                down, up = (
+                    tensors[f"language_model.model.layers.{layer}.correction.{name}.weight"] for name in ("down", "up")
+                )
+                maps.append(up @ down)
+            torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-3)
+        return
     np.testing.assert_allclose(read(two)["lc_scores"], read(one)["lc_scores"], rtol=0, atol=1e-9)
     assert read(two)["replaced_layers"] == read(one)["replaced_layers"]
 
@@ -286,6 +322,7 @@ class TestData:
         samples = gqa_samples(4, seed=1, repository=str(gqa))
         assert [sample.id for sample in samples] == [sample.id for sample in gqa_samples(4, 1, str(gqa))]
         assert len({sample.id for sample in samples}) == 4
+        assert [sample.id for sample in gqa_samples(4, None, str(gqa))] == ["0", "1", "2", "3"]
         for sample in samples:
             assert sample.question == f"Is it {sample.id}?\nAnswer the question using a single word or phrase."
             color = sample.image.convert("RGB").getpixel((0, 0))
@@ -302,6 +339,7 @@ class TestData:
             "filename": [f"{i}.jpg" for i in range(5)],
         }
         folder = self.write(tmp_path / "flickr30k", {"default": columns}, "test", datasets)
+        assert [sample.id for sample in flickr30k_samples(3, None, str(folder))] == ["0", "1", "2"]
         samples = flickr30k_samples(3, seed=0, repository=str(folder))
         assert len(samples) == 3
         for sample in samples:
@@ -310,7 +348,7 @@ class TestData:
 
     @pytest.mark.parametrize("source", ["gqa", "flickr30k"])
     def test_out_of_reach(self, tmp_path, source):
-        done = run(tmp_path / "package", "--data", source)
+        done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "package", *QUICK, "--data", source)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "cannot be read" in done.stderr and "give data on this disk with --data" in done.stderr.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
@@ -319,6 +357,15 @@ class TestData:
         samples = embedded_samples()
         assert draw(samples, 5, seed=3) == draw(samples, 9, seed=3)[:5]
         assert draw(samples, 5, seed=3) != draw(samples, 5, seed=4)
+        assert draw(samples, 5, seed=None) == samples[:5]
+
+    def test_the_first_of_a_source(self):
+        """As the harness takes them with a limit; held-out ones follow, and corrections are fitted on neither."""
+        samples = embedded_samples()
+        drawn = load_samples(["shapes"], None, 5, seed=None)
+        assert [sample.id for sample in drawn] == [f"shapes/{sample.id}" for sample in samples[:5]]
+        fitted = fit_samples(["shapes"], None, 4, None, held_out=drawn[3:])
+        assert [sample.id for sample in fitted] == [f"shapes/{samples[n].id}" for n in (0, 1, 2, 5)]
 
     @pytest.mark.parametrize("leaves_out", [True, False])
     def test_vicunas_sentence_stands_once(self, processor, leaves_out, monkeypatch):

@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+from command import shortv_here
+from huggingface_hub import ModelCard
 from PIL import Image
 
-from shortv_llava import cli
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.package import PUBLISHED
@@ -22,19 +20,6 @@ def shortv(*arguments, **settings) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "shortv_llava.cli", *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **settings)
-
-
-def shortv_here(*arguments) -> subprocess.CompletedProcess:
-    """The command in this process, which has imported already what takes a command its first seconds."""
-    command = ["shortv", *map(str, arguments)]
-    with (
-        redirect_stdout(StringIO()) as output,
-        redirect_stderr(StringIO()) as errors,
-        patch.object(sys, "argv", command),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return subprocess.CompletedProcess(command, ended.value.code, output.getvalue(), errors.getvalue())
 
 
 def shortv_in_a_process_group(*arguments) -> subprocess.CompletedProcess:
@@ -109,7 +94,7 @@ def test_package_from_given_layers(tmp_path):
 def test_calibrate_on_own_questions(tmp_path, questions):
     output = tmp_path / "made"
     data = ("--data", questions / "questions.jsonl", "--images", questions / "images", "--samples", 1, "--held-out", 1)
-    done = shortv("calibrate", CHECKPOINT, "--output", output, *data, "--num-layers", 5, "--dtype", "float32")
+    done = shortv_here("calibrate", CHECKPOINT, "--output", output, *data, "--num-layers", 5, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     config = json.loads((output / "config.json").read_text())
     scores = config["lc_scores"]
@@ -117,22 +102,21 @@ def test_calibrate_on_own_questions(tmp_path, questions):
     assert config["replaced_layers"] == sorted(range(12), key=lambda layer: (scores[layer], -layer))[:5]
     assert config["calibration"]["samples"] in (["questions.jsonl/7"], ["questions.jsonl/8"])
     assert "without corrections: every picture is a held-out one" in done.stdout
-    done = shortv("calibrate", CHECKPOINT, "--output", tmp_path / "other", *data, "--correction-rank", 8)
+    done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "other", *data, "--correction-rank", 8)
     assert done.returncode == 1 and "--correction-rank 0" in done.stderr and not (tmp_path / "other").exists()
     assert config["calibration"]["direction"] == "release"
 
 
 def test_calibrating_a_package_again_needs_overwrite_and_keeps_it_on_failure(package_folder, tmp_path):
     output = tmp_path / "made"
-    assert shortv("package", package_folder, "--layers", "none", "--output", output).returncode == 0
+    assert shortv_here("package", package_folder, "--layers", "none", "--output", output).returncode == 0
     before = (output / "config.json").read_text()
     assert json.loads(before)["replaced_layers"] == []
-    assert_fails(
-        shortv("package", CHECKPOINT, "--layers", "1", "--output", output), "holds a package already", "--overwrite"
-    )
-    assert_fails(shortv("package", CHECKPOINT, "--layers", "12", "--output", output, "--overwrite"), "12", "0 to 11")
+    again = ("package", CHECKPOINT, "--output", output, "--layers")
+    assert_fails(shortv_here(*again, 1), "holds a package already", "--overwrite")
+    assert_fails(shortv_here(*again, 12, "--overwrite"), "12", "0 to 11")
     assert (output / "config.json").read_text() == before
-    assert shortv("package", CHECKPOINT, "--layers", "1", "--output", output, "--overwrite").returncode == 0
+    assert shortv_here(*again, 1, "--overwrite").returncode == 0
     assert json.loads((output / "config.json").read_text())["replaced_layers"] == [1]
     assert left_in(tmp_path) == ["made"]
 
@@ -284,3 +268,19 @@ def test_demo(tmp_path):
     answers = [map(str.strip, line.split("│")[3:5]) for line in done.stdout.splitlines() if ".png" in line]
     assert len(answers) == 6 and all(dense == ours for dense, ours in answers)
     assert "10 of 16 layers replaced: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "package --layers 3".split(),
+        "calibrate --layers 3 --data shapes --samples 1 --held-out 1 --correction-rank 0".split(),
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_a_local_base_does_not_tell_is_given(tmp_path, command):
+    output, told = tmp_path / "package", ["--base-model", "org/base", "--license", "mit"]
+    done = shortv_here(command[0], CHECKPOINT, *command[1:], *told, "--output", output)
+    assert done.returncode == 0, done.stderr
+    data = ModelCard.load(output / "README.md").data
+    assert (data.base_model, data.license) == ("org/base", "mit")

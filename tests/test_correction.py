@@ -273,7 +273,7 @@ class TestFit:
     @pytest.mark.parametrize("blocks", [{"layers": (3, 1, 0, 2)}, {"layers": (2,), "ffn": (0, 1), "attention": (3,)}])
     @pytest.mark.parametrize("rank, alone", [(32, False), (5, False), (5, True)])
     @torch.no_grad()
-    def test_linear_layers_are_reproduced_exactly(self, rank, alone, blocks):
+    def test_linear_layers_are_reproduced_exactly(self, rank, alone, blocks, tmp_path):
         model = linear_model(rank)
         inputs = many(model)
         assert sum(int((each["input_ids"] == tiny.IMAGE_TOKEN).sum()) for each in inputs) > 33  # unknowns of an output
@@ -282,8 +282,12 @@ class TestFit:
         corrections = fit_corrections(model, samples, rank, alone, ridge=0)
         assert sorted(corrections) == [0, 1, 2]  # nobody reads what leaves the last layer
         again = fit_corrections(model, samples, rank, alone, ridge=0)  # on the states that were kept
+        on_disk = [FitSample(model, each, folder=tmp_path) for each in inputs]
+        from_disk = fit_corrections(model, on_disk, rank, alone, ridge=0)
         for layer, factors in corrections.items():
             torch.testing.assert_close(again[layer].up @ again[layer].down, factors.up @ factors.down)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(factors, from_disk[layer]))
+        assert list(tmp_path.iterdir()) == []
         set_corrections(model, corrections)
         assert (model.config.correction_rank, model.config.corrected_layers) == (rank, [0, 1, 2])
         unseen = tiny.batch(model, "llava", LAYOUTS["0, 1 and 2 images"], "right", seed=9)

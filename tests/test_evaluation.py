@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import official
 import pytest
 import tiny
 import torch
@@ -15,14 +16,17 @@ from PIL import Image
 
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation import command as evaluate_command
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.command import Data
-from shortv_llava.evaluation.command import run as evaluate_command
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
+from shortv_llava.evaluation.tasks import TASKS
+from shortv_llava.model_card import read_card, read_scores
 from shortv_llava.package import load_model
 from shortv_llava.processors import load_processor
+from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM
 
 LAYERS = [11, 0, 10, 5, 8, 4, 1]
 QUESTIONS = (9, 1, 4, 3)  # about each picture
@@ -323,8 +327,16 @@ class TestCommand:
         dense, ours = found["results"]
         assert found["questions"] == 17 and ours["frozen"]["replaced_layers"] == LAYERS
         assert f"{ours['retention']:.1f} [" in done.stdout and f"{dense['headline']:.2f}" in done.stdout
-        text = (card / "README.md").read_text()
-        assert "model-index" in text and f"{round(ours['headline'], 2)}" in text
+        (score,) = read_scores(card)
+        assert (score.data, score.metric, score.questions, score.dataset) == ("questions", "accuracy", 17, None)
+        assert (score.score, score.base_score) == (ours["headline"], dense["headline"])
+        (result,) = read_card(card / "README.md").data.eval_results
+        assert result.metric_value == round(ours["headline"], 2)
+        low, high = ours["interval"]
+        assert (
+            f"| questions | 17 | accuracy | {ours['headline']:.2f} [{low:.2f}, {high:.2f}] |"
+            in read_card(card / "README.md").text
+        )
 
     def test_killed_and_in_two_processes_it_ends_the_same(self, package_folder, files, tmp_path):
         whole, cut, two = tmp_path / "whole", tmp_path / "cut", tmp_path / "two"
@@ -364,6 +376,62 @@ class TestCommand:
         assert Image.open(tmp_path / "out" / "sweep.png").size[0] > 500
 
 
+class TestTasks:
+    """The command in this process, on four made-up questions."""
+
+    @pytest.fixture
+    def evaluated(self, tmp_path, monkeypatch):
+        def evaluated(name: str, hub: bool = False) -> tuple[dict, dict]:
+            """What the answerer was given, and results.json."""
+            monkeypatch.setattr(official, "CHOSEN", official.CHOSEN[:1])
+            monkeypatch.setattr(official, "COUNT", 4)
+            questions, _ = official.make(name, tmp_path / "eval")
+            monkeypatch.setitem(TASKS, name, TASKS[name]._replace(load=lambda folder: questions))
+            given = {}
+
+            def answerer(model, processor, **settings):
+                given.update(settings)
+                return Answerer(model, processor, **settings)
+
+            monkeypatch.setattr(evaluate_command, "Answerer", answerer)
+            data = Data(name, None if hub else tmp_path / "eval", None, None, None)
+            loading = {"dtype": "float32", "device_map": "cpu", "replaced_layers": "3"}
+            evaluate_command.run(str(CHECKPOINT), data, tmp_path / "out", loading=loading, max_new_tokens=2)
+            return given, json.loads((tmp_path / "out" / "results.json").read_text())
+
+        return evaluated
+
+    def test_q_bench_has_a_system_sentence_and_pictures_of_its_own(self, evaluated):
+        given, found = evaluated("q_bench")
+        assert given["vicuna_system"] == CHAT_SYSTEM and found["settings"]["image_aspect_ratio"] == "base"
+
+    def test_scienceqa_is_compared_by_questions_with_pictures(self, evaluated, tmp_path, capsys):
+        given, found = evaluated("scienceqa")
+        assert given["vicuna_system"] == TUNING_SYSTEM and found["settings"]["image_aspect_ratio"] == "pad"
+        (result,) = found["results"]
+        assert found["score"] == "image/accuracy" and result["headline"] == result["scores"]["image/accuracy"]
+        assert "score: image/accuracy" in capsys.readouterr().out and found["note"] is None
+        prompts = [json.loads(line)["prompt"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+        assert [prompt.startswith("<image>\n") for prompt in prompts] == [True, True, False, False]
+
+    def test_tables_that_are_not_llavas_are_told(self, evaluated, capsys):
+        _, found = evaluated("seed_bench", hub=True)
+        assert "frames" in found["note"] and f"not LLaVA's own data: {found['note']}" in capsys.readouterr().out
+
+    def test_what_is_scored_elsewhere_is_named(self, evaluated, tmp_path, capsys):
+        evaluated("mm_vet")
+        assert f"to be scored elsewhere: {tmp_path / 'out' / 'mm_vet.json'}" in capsys.readouterr().out
+
+
+def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
+    given = Data(None, None, Path(files[1]), Path(files[3]), "gqa")
+    with pytest.raises(ShortVError, match="its layers are not those to be evaluated"):
+        evaluate_command.run(
+            str(package_folder), given, tmp_path / "out", card=package_folder, loading={"replaced_layers": "3"}
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "data, options, words",
     [
@@ -385,5 +453,5 @@ class TestCommand:
 def test_contradictions_come_before_any_work(tmp_path, data, options, words):
     given = Data(**dict.fromkeys(Data._fields) | data)
     with pytest.raises(ShortVError, match=words):
-        evaluate_command("no/model", given, **{"output": tmp_path / "out"} | options)
+        evaluate_command.run("no/model", given, **{"output": tmp_path / "out"} | options)
     assert not (tmp_path / "out").exists()

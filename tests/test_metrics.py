@@ -175,7 +175,7 @@ def test_vqa_bad_arguments(load):
 
 @pytest.mark.parametrize(
     "prediction, right",
-    [("Left.", 1), (" left \n", 1), ("LEFT . ", 1), ("left...", 1), ("left!", 0), ("the left", 0), ("", 0), (".", 0)],
+    [("Left.", 1), (" left", 0), ("LEFT .", 0), ("left...", 1), ("left!", 0), ("the left", 0), ("", 0), (".", 0)],
 )
 def test_gqa(prediction, right, load):
     assert load("gqa").compute(predictions=[prediction], references=["left"]) == {"accuracy": right}
@@ -202,7 +202,7 @@ def test_pope(load):
         references=["yes", "Yes", "yes", "no", "no"],
         categories=["random", "popular", "random", "random", "popular"],
     )
-    categories = result.pop("categories")
+    categories, mean_f1 = result.pop("categories"), result.pop("mean_f1")
     assert result == pytest.approx(
         {"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.6}
     )
@@ -211,6 +211,7 @@ def test_pope(load):
         {"accuracy": 2 / 3, "precision": 1, "recall": 0.5, "f1": 2 / 3, "yes_ratio": 1 / 3}
     )
     assert categories["popular"]["precision"] == 0.5
+    assert mean_f1 == pytest.approx((categories["random"]["f1"] + categories["popular"]["f1"]) / 2)
 
 
 def test_pope_without_positives(load):
@@ -293,6 +294,54 @@ def test_find_choice(answer, letter, functions):
     assert functions("multiple_choice").find_choice(answer, OPTIONS) == letter
 
 
+# SEED-Bench wants the bare letter, ScienceQA one of three forms, MMBench one letter as a word near the end, or a text.
+@pytest.mark.parametrize(
+    "answer, letter, scienceqa, mmbench",
+    [
+        ("B", "B", "B", "B"),
+        ("b", None, None, None),
+        ("B.", None, None, "B"),
+        ("B. red dog", None, "B", "B"),
+        ("B.red dog", None, None, "B"),
+        ("B: red dog", None, None, "B"),
+        ("B is the sentence.", None, None, "B"),
+        ("B is the run-on sentence.", None, None, None),
+        ("B is what I think that it must be", None, None, None),
+        ("The answer is B.", None, "B", "B"),
+        ("The answer is B", None, None, "B"),
+        ("The answer is B. The answer is A.", None, None, "B"),
+        ("Answer is a cat", None, None, "A"),
+        ("The answer is E.", None, None, None),
+        ("B or C", None, None, None),
+        ("B, not A", None, None, None),
+        ("It is a Red Dog", None, None, "B"),
+        ("a red dog and a cat", None, None, None),
+        ("Z. red dog", None, None, None),
+        ("E", None, None, None),
+        ("", None, None, None),
+        ("red dog " * 9, None, None, None),
+    ],
+)
+def test_rules(answer, letter, scienceqa, mmbench, functions):
+    module = functions("multiple_choice")
+    found = [module.RULES[rule](answer, OPTIONS) for rule in ("letter", "scienceqa", "mmbench")]
+    assert found == [letter, scienceqa, mmbench]
+
+
+def test_a_missing_option_is_never_given(functions):
+    for find in functions("multiple_choice").RULES.values():
+        assert find("C", ["cat", "dog", None, None]) is None and find("B", ["cat", "dog", None]) == "B"
+
+
+def test_the_official_rule_decides_and_the_lenient_one_stands_beside(load):
+    answers = ["D", "D.", "(D)", "The answer is D.", "d", "Option D", "D", "D"]  # as eight right answers to SEED-Bench
+    result = load("multiple_choice").compute(
+        predictions=answers, references=["D"] * 8, groups=[*range(8)], rule="letter"
+    )
+    expected = {"accuracy": 3 / 8, "answered": 3 / 8, "circular_accuracy": 3 / 8}
+    assert result == expected | dict.fromkeys([f"lenient_{name}" for name in expected], 1)
+
+
 @pytest.mark.parametrize("answer, letter", [("E", "E"), ("cat", None), ("F. cat", "F"), ("I think so", None)])
 def test_find_choice_without_options(answer, letter, functions):
     assert functions("multiple_choice").find_choice(answer) == letter
@@ -323,6 +372,8 @@ def test_multiple_choice_bad_arguments(load):
     metric = load("multiple_choice")
     with pytest.raises(ValueError, match="^1 groups for 2 predictions$"):
         metric.compute(predictions=["A", "B"], references=["A", "B"], groups=[1])
+    with pytest.raises(ValueError, match="^rule must be one of lenient, letter, scienceqa, mmbench, not 'strict'$"):
+        metric.compute(predictions=["A"], references=["A"], rule="strict")
     with pytest.raises(ValueError, match=r"^references\[0\] is 'C', not the letter of one of its options$"):
         metric.compute(predictions=["A"], references=["C"], choices=[["cat", "dog"]])
 

@@ -1,5 +1,6 @@
 """The model card: true for every kind of package, accepted by the Hub, and kept where a hand has edited it."""
 
+import ast
 import json
 import re
 import shutil
@@ -9,21 +10,46 @@ from pathlib import Path
 
 import pytest
 from hub import Hub, check_card
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.model_card import PICTURE, base_metadata, is_edited, make_card, read_card, write_card
+from shortv_llava.model_card import (
+    DESCRIPTION,
+    PICTURE,
+    Score,
+    base_metadata,
+    is_edited,
+    make_card,
+    read_card,
+    read_scores,
+    record_score,
+    write_card,
+)
 from shortv_llava.package import PUBLISHED, package_config, write_package
 
-RESULT = EvalResult(
+SCORE = Score(
+    data="gqa",
+    dataset="lmms-lab/GQA",
+    metric="accuracy",
+    questions=12578,
+    score=60.912,
+    interval=(60.1, 61.7),
+    base_score=61.9,
+    base_interval=(61.0, 62.8),
+    percent_of_base=98.4,
+    percent_interval=(97.9, 98.9),
+    date="2026-11-27",
+    note=None,
+)
+THEIRS = EvalResult(
     task_type="visual-question-answering",
-    dataset_type="lmms-lab/GQA",
-    dataset_name="GQA",
-    dataset_split="testdev",
-    metric_type="exact_match",
-    metric_value=60.9,
+    dataset_type="lmms-lab/MMMU",
+    dataset_name="MMMU",
+    dataset_split="val",
+    metric_type="accuracy",
+    metric_value=35.3,
 )
 CALIBRATION = {
     "base": "llava-hf/llava-1.5-7b-hf",
@@ -71,7 +97,7 @@ def test_published_layers(tmp_path, name, figures):
     assert "publish for this checkpoint" in card.text and f"{', '.join(map(str, model.replaced_layers))}." in card.text
     assert "were chosen on this checkpoint" not in card.text and "Scores of all layers" not in card.text
     assert "Meta Platforms" in card.text
-    assert card.data.datasets == ["lmms-lab/GQA", "lmms-lab/flickr30k"]
+    assert card.data.datasets == ["lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"]
     assert card.data.tags[:2] == ["custom_code", "shortv"]
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert (card.data.base_model, card.data.license) == (model.hf_id, "llama2")
@@ -89,7 +115,7 @@ def test_calibrated_layers(tmp_path):
     text = make_card(folder, "me/it").text
     for said in [
         *("(ids from 0): 31, 30.", "- samples: 20", "- seed: 3", "- strategy: lc", "KL(variant || model)"),
-        *("- data: lmms-lab/GQA, questions.jsonl", "| 31 | 1.562e-02 | layer |", "| 0 | 5.000e-01 |  |"),
+        *("- data: lmms-lab-encoder/GQA, questions.jsonl", "| 31 | 1.562e-02 | layer |", "| 0 | 5.000e-01 |  |"),
     ]:
         assert said in text
     assert "chosen on this checkpoint by their Layer Contribution" in text and "| LC of visual tokens |" in text
@@ -111,7 +137,7 @@ def test_calibrated_layers(tmp_path):
     for said in ["](lc_scores.png)", "](tradeoff.png)", "on 2 samples", "| **2** | **96.9%** | **2.00e-02 ± 1e-03** |"]:
         assert said in card.text
     assert "| 4 | 93.8% |" in card.text and "| 5 | 92" not in card.text
-    assert card.data.datasets == ["lmms-lab/GQA"]
+    assert card.data.datasets == ["lmms-lab-encoder/GQA"]
 
     settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
     folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
@@ -140,18 +166,100 @@ def test_blocks_and_no_layers_at_all(tmp_path):
     assert "with no layer replaced" in text and "| 8.50 | 8.50 | 100.0% | 1.00x |" in text
 
 
-def test_results_become_a_model_index(tmp_path):
+def test_the_table_compares_and_the_metadata_have_this_models_score_alone(tmp_path):
     folder = published_folder(tmp_path / "package", "llava-1.5-7b")
-    write_card(folder, eval_results=[RESULT])
-    entries = read_card(folder / "README.md").data.to_dict()
-    assert entries["model-index"][0]["name"] == "package"
-    assert entries["model-index"][0]["results"][0]["metrics"] == [{"type": "exact_match", "value": 60.9}]
-    assert "| GQA testdev | exact_match | 60.9 |" in (folder / "README.md").read_text()
-    other = {**RESULT.__dict__, "metric_type": "f1", "metric_value": 1}
-    write_card(folder, eval_results=[EvalResult(**RESULT.__dict__ | {"metric_value": 61.5}), EvalResult(**other)])
+    card = make_card(folder, "package")
+    card.data.eval_results, card.data.model_name = [THEIRS], "package"
+    card.save(folder / "README.md")
+    record_score(folder, SCORE)
+    mine = SCORE._replace(data="mine", dataset=None, base_score=None, percent_of_base=None, note="loaded in 4 bit")
+    record_score(folder, mine)
+    record_score(folder, SCORE._replace(score=61.5))
+    assert [(score.data, score.score) for score in read_scores(folder)] == [("mine", 60.912), ("gqa", 61.5)]
     card = read_card(folder / "README.md")
-    assert [result.metric_value for result in card.data.eval_results] == [61.5, 1]
+    for said in [
+        "| [gqa](https://huggingface.co/datasets/lmms-lab/GQA) | 12,578 | accuracy | 61.50 [60.10, 61.70] | "
+        "61.90 [61.00, 62.80] | 98.4 [97.9, 98.9] |",
+        "| mine (loaded in 4 bit) | 12,578 | accuracy | 60.91 [60.10, 61.70] |  |  |",
+        "| MMMU val | accuracy | 35.3 |  |",
+    ]:
+        assert said in card.text
+    (index,) = card.data.to_dict()["model-index"]
+    assert index["name"] == "package"
+    assert [
+        (result["dataset"]["type"], [metric["value"] for metric in result["metrics"]]) for result in index["results"]
+    ] == [("lmms-lab/MMMU", [35.3]), ("mine", [60.91]), ("lmms-lab/GQA", [61.5])]
     assert check_card(str(card)) == ([], [])
+    (folder / "evaluation.json").write_text('{"results": [{"data": "gqa"}]}')
+    with pytest.raises(ShortVError, match="evaluation.json: no evaluation wrote it so"):
+        make_card(folder, "package")
+
+
+def test_scores_of_the_package_before_are_not_this_ones(tmp_path, package_folder, caplog):
+    folder = shutil.copytree(package_folder, tmp_path / "package")
+    record_score(folder, SCORE)
+    write_package(CHECKPOINT, folder, overwrite=True, replaced_layers=[7])
+    assert "scores on gqa are left out" in caplog.text and not (folder / "evaluation.json").exists()
+    card = read_card(folder / "README.md")
+    assert card.data.eval_results is None and "No benchmark results" in card.text
+
+
+# Made on the website, or by transformers' push_to_hub, its headings changed by another version or by hand.
+WORDLESS = {
+    "front matter alone": "",
+    "a title": "# My model\n",
+    "push_to_hub": ModelCard.from_template(ModelCardData(), model_description=DESCRIPTION).text,
+    "an older template": "# Model Card for Model ID\n\n- **Shared by [optional]:** [More Information Needed]\n\n"
+    "## Nowhere Else\n\n<!-- Say\nsomething. -->\n\n[More Information Needed]\n\n**APA:**\n",
+}
+
+
+@pytest.mark.parametrize("text", WORDLESS.values(), ids=WORDLESS)
+def test_a_card_without_words_gets_ours_and_keeps_its_metadata(tmp_path, caplog, text):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    (folder / "README.md").write_text(f"---\nlicense: mit\nlanguage: fr\ntags:\n- mine\n---\n{text}")
+    assert not is_edited(read_card(folder / "README.md"), folder)
+    write_card(folder)
+    card = read_card(folder / "README.md")
+    assert card.text == make_card(folder, "package", license="mit").text and caplog.text == ""
+    assert (card.data.license, card.data.language, card.data.tags[0]) == ("mit", "fr", "mine")
+
+
+@pytest.mark.parametrize(
+    "text", ["Only mine.", "# Title\n\n- **License:** mine\n", WORDLESS["push_to_hub"].replace("## Uses", "Mine.")]
+)
+def test_words_are_kept_and_what_is_missing_is_named(tmp_path, caplog, text):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{text}")
+    write_card(folder)
+    assert read_card(folder / "README.md").text.strip() == text.strip()
+    assert caplog.text.count("\n") == 1 and "intro, use, layers, cost, evaluation, terms" in caplog.text
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n<!-- shortv:use --> <!-- /shortv:use -->\n")
+    write_card(folder)
+    assert "Mine." in (text := read_card(folder / "README.md").text) and "pipeline(" in text and "TFLOPs" not in text
+
+
+@pytest.mark.parametrize("name", ['a "quoted" name', "it's", "back\\slash", "two\n# lines", "a|b"])
+def test_any_name_stands_in_the_snippets(tmp_path, name):
+    text = make_card(published_folder(tmp_path / "package", "llava-1.5-7b"), name, tag='v"1').text
+    snippets = re.findall("```python\n(.*?)```", text, flags=re.S)
+    for snippet in snippets:
+        calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+        strings = {node.value for call in calls for node in ast.walk(call) if isinstance(node, ast.Constant)}
+        assert {name, 'v"1'} <= strings
+    assert len(snippets) == 2 and text.count("\n# ") + text.startswith("# ") == 1
+
+
+def test_the_relation_to_the_base(tmp_path):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    assert make_card(folder, "me/it").data.get("base_model_relation") is None
+    assert make_card(folder, "me/it", base_model="a/b").data.base_model_relation == "finetune"
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    card = make_card(folder, "me/it", base_model="a/b")
+    assert card.data.base_model_relation == "quantized" and check_card(str(card)) == ([], [])
+    card.data.base_model_relation = "merge"
+    assert make_card(folder, "me/it", card).data.base_model_relation == "merge"
 
 
 def test_a_card_edited_by_hand_is_kept(tmp_path):
@@ -171,10 +279,6 @@ def test_a_card_edited_by_hand_is_kept(tmp_path):
     assert "(mine)" not in card.text and "pipeline(" not in card.text
     assert (card.data.language, card.data.license, card.data.base_model) == ("fr", "mit", "org/base")
     assert "mine" in card.data.tags and "custom_code" in card.data.tags
-
-    (folder / "README.md").write_text("Only mine.")
-    write_card(folder)
-    assert read_card(folder / "README.md").text == "Only mine."
 
 
 def test_what_the_base_says_of_itself(tmp_path):
@@ -220,19 +324,20 @@ def test_snippets_run_as_printed(tmp_path, number):
     assert done.stdout.strip()
 
 
-def test_accepted_by_the_hub_s_validation(tmp_path):
+def test_accepted_by_the_hub_s_validation(tmp_path, package_folder):
     from huggingface_hub import HfApi
 
-    write_package(CHECKPOINT, tmp_path / "package", base_model="org/base", replaced_layers=[11, 3])
-    write_card(tmp_path / "package", license="apache-2.0", eval_results=[RESULT])
+    folder = shutil.copytree(package_folder, tmp_path / "package")
+    write_card(folder, license="apache-2.0", base_model="org/base")
+    record_score(folder, SCORE)
     with Hub() as hub:
         HfApi(token=hub.token).create_repo("alice/it")
         HfApi(token=hub.token).upload_file(
-            path_or_fileobj=tmp_path / "package" / "README.md", path_in_repo="README.md", repo_id="alice/it"
+            path_or_fileobj=folder / "README.md", path_in_repo="README.md", repo_id="alice/it"
         )
         assert [call.status for call in hub.requests if call.endpoint == "validate_yaml"] == [200]
         loaded = ModelCard(hub.files("alice/it")["README.md"].decode())
-    assert loaded.data.eval_results == [RESULT]
+    assert [result.metric_value for result in loaded.data.eval_results] == [60.91]
 
 
 @pytest.mark.parametrize(
@@ -241,11 +346,34 @@ def test_accepted_by_the_hub_s_validation(tmp_path):
         "license: [apache-2.0]\ndatasets: [{name: one}, two]\nlanguage: {en: 1}\ntags: {a: b}\nbase_model: [a/b, c/d]",
         "license: null\ndatasets: null\nlanguage: null\ntags: null\nbase_model: {}",
         "tags: shortv\nbase_model: 3\nlicense: {a: b}",
+        "license: apache-2.0\nmodel-index: [1]",
+        "license: apache-2.0\nmodel-index: {a: b}\nbase_model_relation: [x]",
+        "license: 2024-01-01\nlicense_link: [a]\nlicense_name: 5\ntags: [shortv, 3]",
+        "- a\n- list",
+        "just words",
+        "a: [",
+        "",
     ],
 )
 def test_a_bases_card_of_other_kinds_of_entries(tmp_path, metadata):
-    base = shutil.copytree(CHECKPOINT, tmp_path / "base")
-    (base / "README.md").write_text(f"---\n{metadata}\n---\n# Base\n")
-    write_package(base, tmp_path / "package", replaced_layers=[1])
-    found = read_card(tmp_path / "package" / "README.md").data
-    assert found.license in (None, "apache-2.0") and found.datasets in (None, ["two"]) and found.base_model is None
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Base\n")
+    known = base_metadata(tmp_path)
+    assert known["license"] == ("apache-2.0" if "apache-2.0" in metadata else None)
+    assert known["datasets"] in (None, ["two"])
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    assert check_card(str(make_card(folder, "me/it", **known))) == ([], [])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\xef\xbb\xbf---\nlicense: mit\n---\n", b"", b"\n\n---\n"])
+def test_a_bases_card_of_other_bytes(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    base_metadata(tmp_path)
+
+
+def test_a_card_of_ones_own_with_lists(tmp_path):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    entries = "license: [llama2, mit]\nlicense_link: [LICENSE]\nbase_model: [a/b, c/d]\ndatasets: x/y\ntags: one"
+    (folder / "README.md").write_text(f"---\n{entries}\n---\n")
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "[llama2, mit](LICENSE)" in text and "Meta Platforms" in text and "c/d](https" in text

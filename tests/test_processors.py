@@ -293,6 +293,49 @@ class TestPictures:
             assert not pads(processor)
         assert pads(package(image_aspect_ratio="pad", overwrite=True))
 
+    def test_cropped_where_the_base_pads(self, base, package, tmp_path):
+        """As Q-Bench's script does with a checkpoint of any padding: CLIP's processing and no other."""
+        package(image_aspect_ratio="pad")
+        processor = load_processor(tmp_path / "package", image_aspect_ratio="crop")
+        assert not pads(processor) and not pads(load_processor(base, image_aspect_ratio="crop"))
+        images = [load.image_processor(picture(), return_tensors="np") for load in (processor, load_processor(base))]
+        assert np.array_equal(*(each["pixel_values"] for each in images))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[56, 56]]},
+            {"image_processor_type": "NoSuchImageProcessor"},
+            {"crop_size": {"height": 14, "width": 14}},
+            {"crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56}},
+            {"size": "large"},
+        ],
+        ids=str,
+    )
+    def test_what_the_model_does_not_take_is_refused(self, base, package, tmp_path, settings):
+        edit(base / "preprocessor_config.json", **settings)
+        with pytest.raises(ShortVError, match="its processor"):
+            package()
+        assert not (tmp_path / "package").exists()
+
+    @pytest.mark.parametrize("name", ["CLIPImageProcessor", "SiglipImageProcessor"])
+    def test_families_of_tiles_get_tiles(self, tmp_path, caplog, name):
+        model, processor = tiny.next_model()
+        for part in (model, processor):
+            part.save_pretrained(tmp_path / "base")
+        for path in (tmp_path / "base").glob("*processor_config.json"):
+            content = json.loads(path.read_text())
+            settings = content.get("image_processor", content)
+            if "image_processor_type" in settings:
+                del settings["image_grid_pinpoints"]
+                settings["image_processor_type"] = name
+                write(path, content)
+        write_package(tmp_path / "base", tmp_path / "package", replaced_layers=[1])
+        assert f"{name}, which cuts no tiles" in caplog.text
+        prompt = [make_prompt(processor, QUESTION)]
+        expected, found = (process(p, prompt, [picture()]) for p in (processor, load_processor(tmp_path / "package")))
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
     def test_what_does_not_crop_stays(self, base):
         settings = {"do_center_crop": None, "crop_size": None, "size": {"height": 28, "width": 28}}
         edit(base / "preprocessor_config.json", image_processor_type="SiglipImageProcessor", **settings)

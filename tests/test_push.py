@@ -1,5 +1,6 @@
 """Packages pushed to a local Hub by the real client: what arrives, what is moved, and what every failure leaves."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -8,20 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from hub import Hub
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.utils import _cache_assets
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import BitsAndBytesConfig
 
 from shortv_llava import push_to_hub
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
+from shortv_llava.model_card import DESCRIPTION, Score, make_card, record_score
 from shortv_llava.package import SHARD, fetch_checkpoint, find_checkpoint, load_model, write_package
-from shortv_llava.push_to_hub import push
+from shortv_llava.processors import load_processor
+from shortv_llava.push_to_hub import EVAL_RESULTS_FILE, check_package, push, push_space
 
 BASE, REPO = "org/base", "alice/shapes-shortv"
 LAYERS = [11, 0, 10, 5]
@@ -44,10 +50,26 @@ def hub(hub):
     return hub
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    folder = tmp_path / "package"
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "package"
     write_package(CHECKPOINT, folder, base_model=BASE, replaced_layers=LAYERS)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """A package of a test's own, its files no links to the checkpoint's."""
+    return shutil.copytree(made, tmp_path / "package")
+
+
+@pytest.fixture(scope="session")
+def quantised(made, tmp_path_factory) -> Path:
+    """What a user saves who has loaded a package in 4 bit."""
+    pytest.importorskip("bitsandbytes")
+    folder, settings = tmp_path_factory.mktemp("quantised") / "package", BitsAndBytesConfig(load_in_4bit=True)
+    load_model(made, quantization_config=settings, device_map="cpu", dtype=torch.float32).save_pretrained(folder)
+    load_processor(made).save_pretrained(folder)
     return folder
 
 
@@ -169,6 +191,22 @@ def test_dry_run(hub, folder, tmp_path):
     assert changes[1].size == 3 and hub.refs(REPO) == refs
 
 
+@pytest.mark.parametrize(
+    "offline, words", [(True, ["HF_HUB_OFFLINE", "what would change"]), (False, ["check the connection"])]
+)
+def test_a_dry_run_checks_the_folder_before_it_asks(hub, folder, monkeypatch, capsys, offline, words):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    hub.cut("repo_info", times=None)
+    with fails(REPO, *words):
+        push(folder, REPO, license="mit", dry_run=True)
+    assert f"{folder}: is complete" in capsys.readouterr().out
+    (folder / WEIGHTS).unlink()
+    requests = len(hub.requests)
+    with fails("no weights"):
+        push(folder, REPO, license="mit", dry_run=True)
+    assert len(hub.requests) == requests and not capsys.readouterr().out
+
+
 def test_branch_and_pull_request(hub, folder):
     push(folder, REPO, license="mit")
     main = hub.refs(REPO)["refs/heads/main"]
@@ -183,6 +221,187 @@ def test_branch_and_pull_request(hub, folder):
     assert push(folder, "acme/new", license="mit", revision="v1").url
     assert set(hub.files("acme/new")) == {".gitattributes"} and remote(hub, "acme/new", "v1") == contents(folder)
     assert push(folder, BASE, license="mit", create_pr=True).url.endswith("/discussions/1")  # not ours
+    (folder / "generation_config.json").unlink()
+    (folder / "notes.txt").write_text("new")
+    push(folder, REPO, license="mit", revision="refs/pr/1")
+    assert hub.files(REPO, "refs/pr/1")["notes.txt"] == b"new" and hub.refs(REPO)["refs/heads/main"] == main
+
+
+def test_a_revision_that_is_no_branch(hub, folder):
+    push(folder, REPO, license="mit", tag="v1.0")
+    before, refs = hub.refs(REPO), len(hub.requests)
+    with fails(REPO, "v1.0 is a tag", "--revision a branch"):
+        push(folder, REPO, license="mit", revision="v1.0")
+    with fails(REPO, "is a commit"):
+        push(folder, REPO, license="mit", revision=before["refs/heads/main"][:8])
+    refs = len(hub.requests)
+    for revision in (before["refs/heads/main"], "0" * 40, "", "two words", "../x", "-x", "a..b", "a.lock"):
+        with fails("--revision", "commit|is no name"):
+            push(folder, "alice/new", license="mit", revision=revision)
+    assert hub.refs(REPO) == before and len(hub.requests) == refs and "alice/new" not in hub.repos()
+
+
+def test_tags_pin_the_snippets(hub, folder):
+    def card(revision="main"):
+        return hub.files(REPO, revision)["README.md"].decode()
+
+    push(folder, REPO, license="mit", tag="v1.0")
+    head = hub.refs(REPO)["refs/heads/main"]
+    assert hub.refs(REPO)["refs/tags/v1.0"] == head and card().count(f'"{REPO}", revision="v1.0"') == 3
+    assert push(folder, REPO, license="mit") == push(folder, REPO, license="mit", tag="v1.0") == ([], None)
+    (folder / "generation_config.json").write_text("{}")
+    with fails("v1.0 is there already", "another name"):
+        push(folder, REPO, license="mit", tag="v1.0")
+    with fails("main is there already"):
+        push(folder, REPO, license="mit", tag="main")
+    assert hub.refs(REPO)["refs/heads/main"] == head
+    push(folder, REPO, license="mit", tag="v1.1", dry_run=True)
+    assert "refs/tags/v1.1" not in hub.refs(REPO)
+    hub.fail("ref", 500, times=None)
+    with fails("failed .500", "again"):
+        push(folder, REPO, license="mit", tag="v1.1")
+    hub.faults.clear()
+    assert push(folder, REPO, license="mit", tag="v1.1") == ([], None)
+    assert hub.refs(REPO)["refs/tags/v1.1"] == hub.refs(REPO)["refs/heads/main"] and 'revision="v1.1"' in card()
+    assert 'revision="v1.0"' in card("v1.0")
+    (folder / "generation_config.json").write_text('{"a": 1}')
+    push(folder, REPO, license="mit")  # what the tag has is another version now
+    assert "revision=" not in card().split("## Limits")[0]
+
+
+def test_collection_and_space(hub, folder):
+    slug = "alice/fast-models-0123456789abcdef"
+    with fails("collection", slug, "404"):
+        push(folder, REPO, license="mit", collection=slug)
+    with fails("no collection", "owner/title"):
+        push(folder, REPO, license="mit", collection="Fast models")
+    assert REPO not in hub.repos()
+    hub.collections[slug] = []
+    push(folder, REPO, license="mit", collection=slug, space=True)
+    push_space(REPO, collection=f"{hub.url}/collections/{slug}")
+    push(folder, REPO, license="mit", collection=slug)
+    assert hub.collections[slug] == [REPO, f"spaces/{REPO}"] and len(hub.commits(REPO)) == 2
+    assert f"[its Space](https://huggingface.co/spaces/{REPO})" in hub.files(REPO)["README.md"].decode()
+    hub.collections["org/theirs-0"] = []
+    with fails("org/theirs-0", "no permission"):
+        push(folder, REPO, license="mit", collection="org/theirs-0")
+
+
+# Cards
+
+
+PUSHED = ModelCard.from_template(
+    ModelCardData(library_name="transformers", tags=["mine"]), model_description=DESCRIPTION
+)
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["---\nlicense: llama2\ntags: [mine]\nlanguage: [fr]\n---\n", str(PUSHED)],
+    ids=["website", "transformers"],
+)
+def test_a_repository_made_elsewhere_gets_the_whole_card(hub, folder, readme, caplog):
+    hub.add_repo(REPO, {"README.md": readme.encode()})
+    license = None if "license" in readme else "llama2"
+    push(folder, REPO, license=license)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert card.text == make_card(folder, REPO, license="llama2", base_model=BASE).text and not caplog.text
+    assert (card.data.license, card.data.tags[0], card.data.base_model) == ("llama2", "mine", BASE)
+    assert card.data.language == (["fr"] if "language" in readme else None)
+    assert push(folder, REPO, license=license) == ([], None)
+
+
+def test_a_repository_with_a_page_of_its_own_keeps_it(hub, folder, caplog):
+    hub.add_repo(REPO, {"README.md": b"---\nlicense: mit\n---\nA whole page."})
+    push(folder, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert card.text.strip() == "A whole page." and (card.data.license, card.data.base_model) == ("mit", BASE)
+    assert caplog.text.count("\n") == 1 and f"{REPO}/README.md" in caplog.text and "<!-- shortv:" in caplog.text
+    hub.commit(REPO, {"README.md": b"---\na: [\n---\n"})
+    with fails(f"{REPO}/README.md", "metadata cannot be read"):
+        push(folder, REPO, license="mit")
+
+
+def test_a_folder_edited_by_hand_keeps_the_repositorys_metadata(hub, folder, caplog):
+    hub.add_repo(REPO, {"README.md": b"---\nlicense: mit\ntags: [theirs]\nmetrics: [accuracy]\n---\n"})
+    card = (folder / "README.md").read_text().replace("## Limits", "My words.\n\n## Limits")
+    (folder / "README.md").write_text(card.replace("tags:\n", "license: llama2\ntags:\n- ours\n"))
+    push(folder, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert "My words." in card.text and card.data.metrics == ["accuracy"] and {"theirs", "ours"} < {*card.data.tags}
+    assert card.data.license == "llama2" and "its license was mit, and becomes llama2" in caplog.text
+
+
+SCORE = Score("gqa", "lmms-lab/GQA", "accuracy", 9, 60.9, (50.0, 70.0), 61.5, (51.0, 71.0), 99.0, (98.0, 100.0),
+              "2026-11-27", None)  # fmt: skip
+
+
+def test_results_where_the_hub_looks_for_them(hub, folder, caplog):
+    (folder / "calibration.json").write_text("{}")
+    (folder / "lc_scores.png").write_bytes(b"\x89PNG\0")
+    (folder / "calibration.json").unlink()
+    record_score(folder, SCORE)
+    record_score(folder, SCORE._replace(data="mine", dataset=None))
+    push(folder, REPO, license="mit")
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert [result.metric_value for result in card.data.eval_results] == [60.9, 60.9]
+    assert card.data.eval_results[0].source_url == f"https://huggingface.co/{REPO}/blob/main/evaluation.json"
+    if hasattr(huggingface_hub, "EvalResultEntry"):
+        (entry,) = yaml.safe_load(hub.files(REPO)[EVAL_RESULTS_FILE])
+        assert entry["dataset"] == {"id": "lmms-lab/GQA", "task_id": "gqa"} and entry["value"] == 60.9
+        assert "9 questions" in entry["notes"] and "61.5" not in str(entry)
+    else:
+        assert EVAL_RESULTS_FILE not in hub.files(REPO) and "update it" in caplog.text
+    assert push(folder, REPO, license="mit") == ([], None)
+    write_package(CHECKPOINT, folder, overwrite=True, replaced_layers=[7])
+    push(folder, REPO, license="mit")
+    assert not {EVAL_RESULTS_FILE, "evaluation.json", "lc_scores.png"} & hub.files(REPO).keys()
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results is None
+
+
+# Packages of packages, and quantised ones
+
+
+def test_a_quantised_package_and_the_package_of_it(hub, quantised, tmp_path):
+    push(quantised, REPO, license="mit")
+    assert remote(hub) == contents(quantised)
+    assert push(quantised, REPO, license="mit") == ([], None)
+    write_package(quantised, tmp_path / "again", replaced_layers=[2], base_model=BASE, license="llama2")
+    push(tmp_path / "again", "alice/again")
+    card = ModelCard(hub.files("alice/again")["README.md"].decode())
+    assert "quantised (bitsandbytes, 4 bit)" in card.text and "pillow bitsandbytes`" in card.text
+    data = card.data
+    assert (data.license, data.base_model, data.base_model_relation) == ("llama2", BASE, "quantized")
+    model = load_model(tmp_path / "again", device_map="cpu", dtype=torch.float32)
+    assert model.config.replaced_layers == [2] and model.is_loaded_in_4bit
+
+
+def test_the_package_of_a_pushed_package(hub, folder, tmp_path):
+    push(folder, REPO, license="llama2")
+    write_package(find_checkpoint(REPO), tmp_path / "two", replaced_layers=[2])
+    push(tmp_path / "two", "alice/two")
+    card = ModelCard(hub.files("alice/two")["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == (BASE, "finetune", "llama2")
+    assert "(ids from 0): 2." in card.text
+
+
+def drop_part(tensors, name):
+    del tensors[name]
+
+
+def cut_part(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
+
+
+@pytest.mark.parametrize("damage", [drop_part, cut_part])
+@pytest.mark.parametrize("part", ["", ".absmax", ".quant_map", ".quant_state.bitsandbytes__fp4"])
+def test_damaged_quantised_weights_are_found(quantised, tmp_path, part, damage):
+    folder = shutil.copytree(quantised, tmp_path / "damaged")
+    tensors = load_file(folder / WEIGHTS)
+    damage(tensors, f"language_model.model.layers.3.mlp.up_proj.weight{part}")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with fails("layers.3.mlp.up_proj.weight"):
+        check_package(folder)
 
 
 def test_as_a_script(hub, folder, tmp_path):
@@ -313,6 +532,18 @@ def test_weights_are_compared_after_the_copy(hub, bare, monkeypatch):
         push(bare, REPO, weights_from=BASE)
 
 
+def test_what_arrived_is_compared(hub, folder, monkeypatch):
+    commit = HfApi.create_commit
+
+    def swapped(api, repo_id, operations, **settings):
+        commit(api, repo_id, operations, **settings)
+        return commit(api, repo_id, [CommitOperationAdd("config.json", b"{}")], commit_message="Swap")
+
+    monkeypatch.setattr(HfApi, "create_commit", swapped)
+    with fails(REPO, "config.json is not what was sent", "push again"):
+        push(folder, REPO, license="mit")
+
+
 @pytest.mark.skipif(not copies.args[0], reason="this huggingface_hub can copy")
 def test_an_older_client_says_which_one_is_needed(hub, bare):
     with fails("--weights-from needs huggingface_hub 2.0 or newer"):
@@ -406,6 +637,30 @@ def test_a_commit_of_someone_else_in_between(hub, folder, monkeypatch):
     assert hub.files(REPO)["generation_config.json"] == b"{}"
 
 
+@pytest.mark.parametrize("status", [404, 501])
+def test_a_hub_without_xet(hub, folder, monkeypatch, status):
+    """Clients before 2.0 ask the Hub for a way of transfer first, and do not come to this."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail("xet_token", status, "No such thing", times=None)
+    asks_first = huggingface_hub.__version__ < "2"
+    with contextlib.nullcontext() if asks_first else fails(REPO, "HF_HUB_DISABLE_XET=1"):
+        push(folder, REPO, license="mit")
+
+
+@pytest.mark.parametrize("endpoint", ["commit", "lfs_batch", "create_repo"])
+def test_a_hub_that_does_not_offer_it(hub, folder, endpoint):
+    hub.fail(endpoint, 501, "Not implemented", times=None)
+    with fails(REPO, "does not offer that .501: Not implemented", "HF_ENDPOINT"):
+        push(folder, REPO, license="mit")
+
+
+@copies
+def test_a_hub_that_cannot_copy_gets_uploads(hub, bare, caplog):
+    hub.fail("lfs_duplicate", 501, "Not implemented", times=None)
+    push(bare, REPO, weights_from=BASE)
+    assert "does not copy" in caplog.text and remote(hub)[WEIGHTS] == base_files()[WEIGHTS]
+
+
 def test_the_command_says_it_in_one_line(hub, folder, tmp_path):
     hub.fail("commit", 500, "Storage is down", times=None)
     for environment, words in [
@@ -439,14 +694,12 @@ def shorten(path):
 def rename_tensor(path):
     tensors = load_file(path)
     tensors["other"] = tensors.pop(sorted(tensors)[3])
-    os.unlink(path)  # it is a link to the checkpoint
     save_file(tensors, path, {"format": "pt"})
 
 
 def reshape_tensor(path):
     tensors = load_file(path)
     tensors[sorted(tensors)[3]] = torch.zeros(3)
-    os.unlink(path)
     save_file(tensors, path, {"format": "pt"})
 
 
@@ -460,9 +713,6 @@ def spoil_header(path):
     [(shorten, "damaged"), (spoil_header, "damaged"), (rename_tensor, "missing keys"), (reshape_tensor, "do not fit")],
 )
 def test_damaged_weights_are_found_before_upload(hub, folder, damage, word):
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).write_bytes(data)
     damage(folder / WEIGHTS)
     with fails(word):
         push(folder, REPO, license="mit")

@@ -4,7 +4,7 @@ import pytest
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import scoring
 from shortv_llava.evaluation.questions import Question
-from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, score
+from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, headline_name, of_subset, score
 
 evaluate = pytest.importorskip("evaluate")
 
@@ -24,7 +24,8 @@ def examples(metric: str, number: int, seed: int) -> tuple[list[Question], dict,
                 task = ["OCR", "color", "code_reasoning"][i % 3]
                 questions.append(ask(id, ["Yes", "No"][j], picture, tasks=task, images=picture))
             elif metric == "pope":
-                questions.append(ask(id, ["yes", "no"][random.integers(2)], picture))
+                category = ["random", "popular", "adversarial"][i % 3]
+                questions.append(ask(id, ["yes", "no"][random.integers(2)], picture, categories=category))
             elif metric == "multiple_choice":
                 questions.append(ask(id, "AB"[j], picture, choices=["a cat", "a dog"], groups=i))
             elif metric == "vqa_accuracy":
@@ -119,7 +120,8 @@ def test_retention_of_nothing():
         (
             *("pope", [ask(1, "yes", categories="random")], {1: "Yes"}, {}),
             dict.fromkeys(["accuracy", "precision", "recall", "f1", "yes_ratio"], 100)
-            | dict.fromkeys([f"categories/random/{x}" for x in "accuracy precision recall f1 yes_ratio".split()], 100),
+            | dict.fromkeys([f"categories/random/{x}" for x in "accuracy precision recall f1 yes_ratio".split()], 100)
+            | {"mean_f1": 100},
         ),
         (
             *("multiple_choice", [ask(1, "A", subset="x"), ask(2, "B", subset="y")], {1: "A", 2: ""}, {}),
@@ -130,6 +132,15 @@ def test_retention_of_nothing():
 )
 def test_score(metric, questions, answers, kwargs, expected):
     assert score(metric, questions, answers, **kwargs) == pytest.approx(expected)
+
+
+def test_a_subset_can_have_the_headline():
+    questions = [ask(n, "A", subset="image" if n % 2 else "text") for n in range(8)]
+    answers = {n: "A" if n in (0, 2, 4, 6, 1) else "B" for n in range(8)}
+    scores = score("multiple_choice", questions, answers)
+    assert headline("multiple_choice", scores) == 62.5 and headline("multiple_choice", scores, "image") == 25
+    assert headline_name("multiple_choice", scores, "image") == "image/accuracy"
+    assert [question.id for question in of_subset(questions, "image")] == [1, 3, 5, 7]
 
 
 def test_notes_of_a_metric_are_no_scores():

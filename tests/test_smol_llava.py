@@ -195,7 +195,7 @@ def rows_of(printed: str) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_tables(built, tmp_path, monkeypatch, capsys):
     sizes = {"MANY": (3, 2), "FEW": (1, 2), "NUMBERS": (1, 2), "RATIOS": (0.8,), "SEEDS": 2, "TABLE7_LAYERS": 1}
-    sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4}
+    sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4, "MIXES": ((0, 3), (1, 1))}
     for name, size in sizes.items():
         monkeypatch.setattr(evidence, name, size)
 
@@ -211,6 +211,8 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
             "ingredients": ([1, 4],),
             "corrections": (["LC", "corrected LC"], [1, 2, 3], [0, 4, 99]),
             "fits": (2, 4),
+            "corrected_blocks": (4,),
+            "kinds": (2, 4),
         }
         for name, args in asked.items():
             getattr(found, name)(*args)
@@ -238,6 +240,8 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
     ]
     assert len(corrected) == 18 and all(row["KL"] == "0.000" for row in corrected if row["N"] == "1")  # the last layer
     assert [row["fitted on"] for row in first["fits"]][:3] == ["none", "these layers", "each layer alone"]
+    assert [row["FFNs alone"] for row in first["corrected_blocks"]] == ["3", "3", "1", "1"]
+    assert int(first["kinds"][-1]["questions"]) == 6 and first["kinds"][-1]["kind"] == "all"
 
     def again(*args, **kwargs):
         raise AssertionError("scores are kept")

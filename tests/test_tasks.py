@@ -10,6 +10,7 @@ from PIL import Image
 from shortv_llava.calibrate.samples import gqa_samples
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import tasks
+from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.evaluation.scoring import headline, score
 from shortv_llava.evaluation.tasks import TASKS
@@ -48,7 +49,7 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 TABLES = {
     "vqav2": [
         (
-            *("lmms-lab/VQAv2", "default", "testdev"),
+            *("lmms-lab-encoder/VQAv2", "default", "testdev"),
             {
                 "question_type": [None] * 2,
                 "multiple_choice_answer": [None] * 2,
@@ -61,13 +62,13 @@ TABLES = {
             },
         ),
         (
-            *("lmms-lab/VQAv2", "default", "test"),
+            *("lmms-lab-encoder/VQAv2", "default", "test"),
             {"image_id": [7, 7, 8], "question_id": [70, 71, 80], "question": ["a", "b", "c"], "image": ["red"] * 3},
         ),
     ],
     "gqa": [
         (
-            *("lmms-lab/GQA", "testdev_balanced_instructions", "testdev"),
+            *("lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev"),
             {
                 "id": ["1", "2", "3"],
                 "imageId": ["n1", "n2", "n1"],
@@ -76,13 +77,13 @@ TABLES = {
             },
         ),
         (
-            *("lmms-lab/GQA", "testdev_balanced_images", "testdev"),
+            *("lmms-lab-encoder/GQA", "testdev_balanced_images", "testdev"),
             {"id": ["n2", "n1"], "image": ["blue", "red"]},
         ),
     ],
     "vizwiz": [
         (
-            *("lmms-lab/VizWiz-VQA", "default", "test"),
+            *("lmms-lab-encoder/VizWiz-VQA", "default", "test"),
             {
                 "question_id": ["VizWiz_test_00000000.jpg", "VizWiz_test_00000001"],
                 "image": ["red", "blue"],
@@ -94,7 +95,7 @@ TABLES = {
     ],
     "scienceqa": [
         (
-            *("lmms-lab/ScienceQA", "ScienceQA-FULL", "test"),
+            *("lmms-lab-encoder/ScienceQA", "ScienceQA-FULL", "test"),
             {
                 "image": [None, "red", "red"],
                 "question": ["Which is a plant?", "What is shown?", "And its color?"],
@@ -106,7 +107,7 @@ TABLES = {
     ],
     "textvqa": [
         (
-            *("lmms-lab/textvqa", "default", "validation"),
+            *("lmms-lab-encoder/textvqa", "default", "validation"),
             {
                 "image_id": ["003a", "003a", "b9dc"],
                 "question_id": [34602, 34603, 34604],
@@ -119,7 +120,7 @@ TABLES = {
     ],
     "pope": [
         (
-            *("lmms-lab/POPE", "default", "test"),
+            *("lmms-lab-encoder/POPE", "default", "test"),
             {
                 "id": ["0", "1", "2", "3"],
                 "question_id": ["1", "2", "1", "2"],
@@ -133,7 +134,7 @@ TABLES = {
     ],
     "mme": [
         (
-            *("lmms-lab/MME", "default", "test"),
+            *("lmms-lab-encoder/MME", "default", "test"),
             {
                 "question_id": ["code_reasoning/0020.png"] * 2 + ["artwork/images/339.jpg"] * 2,
                 "image": ["red", "red", "blue", "blue"],
@@ -150,7 +151,7 @@ TABLES = {
     ],
     "mmbench": [
         (
-            *("lmms-lab/MMBench", name, "dev"),
+            *("lmms-lab-encoder/MMBench", name, "dev"),
             {
                 "index": index,
                 "question": ["Which is right?", "What color?", "What color?"],
@@ -172,7 +173,7 @@ TABLES = {
     ],
     "seed_bench": [
         (
-            *("lmms-lab/SEED-Bench", "default", "test"),
+            *("lmms-lab-encoder/SEED-Bench", "default", "test"),
             {
                 "answer": ["A", "D"],
                 "choice_a": ["One", "run"],
@@ -191,7 +192,7 @@ TABLES = {
     ],
     "llava_bench": [
         (
-            *("lmms-lab/llava-bench-in-the-wild", "default", "train"),
+            *("lmms-lab-encoder/llava-bench-in-the-wild", "default", "train"),
             {
                 "question_id": [0, 1],
                 "question": ["What is it?", "Describe it in detail."],
@@ -204,7 +205,7 @@ TABLES = {
     ],
     "mm_vet": [
         (
-            *("lmms-lab/MMVet", "default", "test"),
+            *("lmms-lab-encoder/MMVet", "default", "test"),
             {
                 "question_id": ["v1_0", "v1_1"],
                 "image": ["red", "blue"],
@@ -479,7 +480,10 @@ def write_tables(folder: Path, name: str) -> None:
         path = folder / repository / files / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         table = datasets.Dataset.from_dict(
-            {key: [as_pictures(v) for v in values] if key == "image" else values for key, values in columns.items()}
+            {
+                key: [as_pictures(v, f"{n:05}.jpg") for n, v in enumerate(values, 1)] if key == "image" else values
+                for key, values in columns.items()
+            }
         )
         if "image" in columns:
             listed = isinstance(columns["image"][0], list)
@@ -493,10 +497,10 @@ def write_tables(folder: Path, name: str) -> None:
         (folder / repository / "README.md").write_text("---\nconfigs:\n" + "".join(entries) + "---\n")
 
 
-def as_pictures(value):
+def as_pictures(value, name: str):
     if value is None:
         return None
-    return [as_pictures(v) for v in value] if isinstance(value, list) else {"bytes": picture(value), "path": None}
+    return [as_pictures(v, name) for v in value] if isinstance(value, list) else {"bytes": picture(value), "path": name}
 
 
 def write_folder(folder: Path, name: str) -> None:
@@ -532,6 +536,7 @@ def test_every_task_of_the_release_is_there():
     assert sorted(TASKS) == names.split() == sorted(TABLES) == sorted(FOLDERS) == sorted(PROMPTS) == sorted(SHOWN)
     elsewhere = {"vqav2", "vizwiz", "llava_bench", "mm_vet"}
     assert {name for name, task in TASKS.items() if task.metric is None} == elsewhere
+    assert {name for name, task in TASKS.items() if task.hub_note} == {"pope", "mmbench", "seed_bench"}
     assert {task.max_new_tokens for task in TASKS.values()} == {128, 1024}
 
 
@@ -553,7 +558,7 @@ def test_questions(name, load, source):
 
 def test_only_the_split_is_read(tmp_path, load, monkeypatch):
     load("textvqa", "hub")
-    folder = tmp_path / "lmms-lab" / "textvqa"
+    folder = tmp_path / "lmms-lab-encoder" / "textvqa"
     (folder / "data" / "train-00000-of-00001.parquet").write_bytes(b"would be gigabytes")
     card = """---
 dataset_info:
@@ -598,13 +603,13 @@ def test_ids_that_come_twice(load, source):
 SCORES = {  # answers, the headline, and other figures
     "gqa": (["Yes.", "yes", "square"], 200 / 3, {"accuracy": 200 / 3}),
     "scienceqa": (
-        *(["A", "The answer is B.", "red"], 200 / 3),
-        {"image/accuracy": 50, "text/accuracy": 100, "answered": 100},
+        *(["A", "The answer is B.", "A. red"], 50),
+        {"accuracy": 200 / 3, "image/accuracy": 50, "text/accuracy": 100, "answered": 100},
     ),
     "textvqa": (["Dakota", "Somebody", "5:10"], 200 / 3, {}),
     "pope": (
-        *(["Yes", "No", "Yes", "Yes"], 80),
-        {"accuracy": 75, "categories/adversarial/f1": 100, "categories/random/precision": 50},
+        *(["Yes", "No", "Yes", "Yes"], 250 / 3),
+        {"f1": 80, "accuracy": 75, "categories/adversarial/f1": 100, "categories/random/precision": 50},
     ),
     "mme": (
         *(["Yes", "No", "Yes", "Yes"], 50),
@@ -612,7 +617,7 @@ SCORES = {  # answers, the headline, and other figures
     ),
     "mmbench": (["B", "A", "A"], 50, {"accuracy": 200 / 3}),
     "mmbench_cn": (["B", "A", "red"], 100, {"accuracy": 100}),
-    "seed_bench": (["A", "A"], 50, {"image/accuracy": 100, "video/accuracy": 0}),
+    "seed_bench": (["A", "D."], 50, {"image/accuracy": 100, "video/accuracy": 0, "lenient_accuracy": 100}),
     "q_bench": (["Poor.", "No"], 50, {}),
 }
 
@@ -622,7 +627,7 @@ def test_scores(name, load, source):
     questions, task = load(name, source), TASKS[name]
     answers, main, others = SCORES[name]
     scores = score(task.metric, questions, dict(zip([q.id for q in questions], answers)), **task.metric_kwargs)
-    assert headline(task.metric, scores) == pytest.approx(main)
+    assert headline(task.metric, scores, task.subset) == pytest.approx(main)
     assert {figure: scores[figure] for figure in others} == pytest.approx(others)
 
 
@@ -681,22 +686,39 @@ def test_mm_vet_upload(upload, source):
 
 
 @pytest.mark.parametrize(
-    "name, ids", [("llava_bench", [0, 1]), ("textvqa", ["003a", "003a", "b9dc"])], ids=["llava_bench", "textvqa"]
+    "name, ids",
+    [
+        ("llava_bench", ["0", "1"]),
+        ("textvqa", ["003a", "003a", "b9dc"]),
+        ("mme", ["code_reasoning/0020.png"] * 2 + ["artwork/images/339.jpg"] * 2),
+    ],
 )
-def test_llava_answers_upload(upload, source, name, ids):
-    answers = ["one", "two\nlines", ""][: len(ids)]
-    entries = [json.loads(line) for line in upload(name, source, *answers).splitlines()]
-    assert [str(entry["question_id"]) for entry in entries] == list(map(str, ids))
-    assert [entry["text"] for entry in entries] == answers
+def test_answers_are_filed_under_llavas_ids(load, tmp_path, source, name, ids):
+    questions = load(name, source)
+    path = tmp_path / "answers.jsonl"
+    answers = {question.id: f"answer\n{question.id}" for question in questions}
+    AnswersFile(path, "model", {}, questions).add(questions, list(answers.values()))
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [str(entry["question_id"]) for entry in entries] == ids
     assert [entry["prompt"] for entry in entries] == PROMPTS[name]
-    assert all(set(entry) > {"answer_id", "model_id", "metadata"} for entry in entries)
     assert len({entry["answer_id"] for entry in entries}) == len(entries)
+    assert AnswersFile(path, "model", {}, questions).answers == answers
+
+
+def test_scienceqas_answers_tell_where_a_picture_was(load, tmp_path, source):
+    questions = load("scienceqa", source)
+    path = tmp_path / "answers.jsonl"
+    AnswersFile(path, "model", {}, questions).add(questions, ["A"] * 3)
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert prompts == [PROMPTS["scienceqa"][0], *(f"<image>\n{prompt}" for prompt in PROMPTS["scienceqa"][1:])]
 
 
 def test_q_bench_upload(upload, source):
     entries = [json.loads(line) for line in upload("q_bench", source, "B. Poor", "A").splitlines()]
     assert [entry["response"] for entry in entries] == ["B. Poor", "A"]
     assert [entry["candidates"] for entry in entries] == [["Good", "Poor", "Fair"], ["Yes", "No"]]
+    assert [entry["img_path"] for entry in entries] == ["00001.jpg", "00002.jpg"]
+    assert [entry["correct_ans"] for entry in entries] == ["Poor", "Yes"]
 
 
 def test_upload_wants_every_answer(load, tmp_path):
@@ -769,7 +791,7 @@ def test_no_such_folder(tmp_path):
 @pytest.mark.parametrize("name", ["gqa", "vqav2"])
 def test_hub_out_of_reach(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ShortVError, match=r"^lmms-lab/\w+: cannot be read .*with --data$"):
+    with pytest.raises(ShortVError, match=r"^lmms-lab-encoder/(\w+), formerly lmms-lab/\1: cannot be read .* --data$"):
         TASKS[name].load(None)
 
 
@@ -778,6 +800,45 @@ def test_question_names_a_picture_that_is_not_there(load, monkeypatch):
     monkeypatch.setitem(TABLES, "gqa", [TABLES["gqa"][0], (*TABLES["gqa"][1][:3], columns)])
     with pytest.raises(ShortVError, match="question 1 names picture n1, which is not there"):
         load("gqa", "hub")
+
+
+def test_tables_are_found_where_they_were(load, tmp_path):
+    load("pope", "hub")
+    (tmp_path / "lmms-lab-encoder").rename(tmp_path / "lmms-lab")
+    assert [question.text for question in TASKS["pope"].load(None)] == PROMPTS["pope"]
+
+
+@pytest.mark.parametrize(
+    "name, path, others",
+    [
+        ("mm_vet", "mm-vet", ["mmvet"]),
+        ("mm_vet", "mm-vet/images", ["mmvet/images", "mmvet/mm-vet/images"]),
+        ("q_bench", "qbench/images_llvisionqa", ["qbench/images_llviqionqa"]),
+        ("mmbench_cn", "mmbench_cn", ["mmbench"]),
+    ],
+)
+def test_folders_as_llavas_documentation_names_them(name, path, others, load, tmp_path):
+    load(name)
+    for other in others:
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).rename(tmp_path / other)
+        assert [question.text for question in TASKS[name].load(tmp_path)] == PROMPTS[name]
+        (tmp_path / other).rename(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
+def test_a_right_answer_none_stops_nothing(name, load, source, monkeypatch):
+    if source == "folder":
+        files = {file: text.replace("\tfour\tB\t", "\tNone\tD\t") for file, text in FOLDERS[name].items()}
+        monkeypatch.setitem(FOLDERS, name, files)
+    else:
+        tables = [(*t[:3], t[3] | {"D": ["None", *t[3]["D"][1:]], "answer": ["D", "A", "B"]}) for t in TABLES[name]]
+        monkeypatch.setitem(TABLES, name, tables)
+    questions, task = load(name, source), TASKS[name]
+    assert questions[0].reference == "D" and "\nD." not in questions[0].text
+    answers = dict(zip([question.id for question in questions], ("D", "A", "B")))
+    scores = score(task.metric, questions, answers, **task.metric_kwargs)
+    assert scores["accuracy"] == pytest.approx(200 / 3) and scores["circular_accuracy"] == 50
 
 
 def test_broken_picture(load, tmp_path):
@@ -801,7 +862,9 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("would try again and again"))
-    with pytest.raises(ShortVError, match="lmms-lab/POPE: cannot be read: .*check the connection"):
+    with pytest.raises(
+        ShortVError, match="encoder/POPE, formerly lmms-lab/POPE: cannot be read: .*check the connection"
+    ):
         TASKS["pope"].load(None)
-    with pytest.raises(ShortVError, match="lmms-lab/GQA: cannot be read: .*check the connection"):
+    with pytest.raises(ShortVError, match="encoder/GQA, formerly lmms-lab/GQA: cannot be read: .*check the connection"):
         gqa_samples(1, seed=0)

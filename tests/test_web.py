@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from command import shortv_here
 from conftest import REPLACED_LAYERS
 from hub import Hub
 from huggingface_hub import HfApi, SpaceCard, snapshot_download
@@ -205,21 +206,15 @@ def test_frozen_blocks_stay_beside_the_slider(gradio_client, model_and_processor
     assert model.config.frozen_layers() == (set(), set())
 
 
-def shortv(*arguments, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "shortv_llava.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-
-
 @pytest.mark.parametrize("option", [("--image", IMAGE), ("--system", "Hi"), ("--temperature", 1), ("--seed", 0)])
 def test_options_of_the_terminal_are_refused(package_folder, option):
-    done = shortv("chat", package_folder, "--web", *option)
+    done = shortv_here("chat", package_folder, "--web", *option)
     assert done.returncode == 2 and option[0] in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_gradio_it_says_what_to_install(package_folder):
-    code = "import sys; sys.modules['gradio'] = None; from shortv_llava.cli import main; main()"
-    command = [sys.executable, "-c", code, "chat", str(package_folder), "--web"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_without_gradio_it_says_what_to_install(package_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = shortv_here("chat", package_folder, "--web")
     assert done.returncode == 1 and done.stderr == "shortv: error: --web needs gradio: pip install gradio\n"
 
 

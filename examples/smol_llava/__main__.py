@@ -121,6 +121,27 @@ def fits(
 
 
 @app.command()
+def corrected_blocks(
+    folder: Folder, pictures: Pictures = 40, dtype: Dtype = "float32", work: Work = WORK, rank: int = 64
+) -> None:
+    """FFNs frozen alone, plain and corrected."""
+    evidence(folder, work, dtype, pictures).corrected_blocks(rank)
+
+
+@app.command()
+def kinds(
+    folder: Folder,
+    pictures: Pictures = 100,
+    dtype: Dtype = "float32",
+    work: Work = WORK,
+    number: Annotated[int, typer.Option(help="Of layers frozen.")] = 24,
+    rank: int = 64,
+) -> None:
+    """Kinds of question apart: what corrections mend."""
+    evidence(folder, work, dtype, pictures).kinds(number, rank)
+
+
+@app.command()
 def blocks(
     folder: Folder,
     pictures: Pictures = 25,

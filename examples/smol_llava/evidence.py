@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from rich import box
@@ -21,7 +22,14 @@ from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.calibrate import Granularity, Tokens
 from shortv_llava.calibrate.contribution import cosine_distance
-from shortv_llava.calibrate.correction import FitSample, fit_corrections, make_correction, set_corrections
+from shortv_llava.calibrate.correction import (
+    Factors,
+    FitSample,
+    Regression,
+    fit_corrections,
+    make_correction,
+    set_corrections,
+)
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.examples.smol_llava import scenes
@@ -42,6 +50,7 @@ SEEDS = 5
 CORRECTED = 10, 4  # pictures, and questions about each: samples for LC with a correction
 FITTED_ON = 160, 20  # pictures to fit corrections on, and how many go through the layers at once
 RANK = 64
+MIXES = (0, 30), (12, 18), (20, 10)  # whole layers, and FFNs alone beside them
 TABLE7_LAYERS = 18  # of 30: the default fraction
 
 
@@ -356,9 +365,49 @@ class Evidence:
         for batches in (1, 2, 4):
             few = partial(self.fit, lists, rank, samples=self.fit_samples[:batches])
             ways[f"{batches * FITTED_ON[1]} pictures"] = few
+        for control in (without_intercept, constants, scales_and_constants):
+            ways[control.__name__.replace("_", " ")] = partial(self.fit_by, control, lists, rank)
         for how, fit in ways.items():
             found = self.corrected_row(lists, rank if fit else 0, f"{how}, " if fit else "", fit)
             rows.append({"N": number, "rank": rank, "fitted on": how, **found})
+        print_table(rows)
+
+    def fit_by(self, solve: Callable, lists: dict[str, list[int]], rank: int):
+        with patch.object(Regression, "solve", solve):
+            return self.fit(lists, rank)
+
+    def corrected_blocks(self, rank: int) -> None:
+        """FFNs frozen alone, beside whole layers or in place of them, plain and corrected."""
+        rows, order = [], lowest(self.corrected_lc()[1].mean(0).tolist())
+        for whole, alone in MIXES:
+            for now in (0, rank):
+                units = Units(self.model.config, "block", now)
+                units.tokens = self.prompt_tokens
+                chosen = [*order[:whole], *(len(order) + layer for layer in order[: whole + alone])]
+                row = {"layers": whole, "FFNs alone": alone, "rank": now, "FLOPs ratio": f"{units.ratio(chosen):.2f}"}
+                rows.append(row | self.corrected_row(units.frozen(chosen), now))
+        print_table(rows)
+
+    def kinds(self, number: int, rank: int) -> None:
+        """Each kind of question: dense, and what freezing changes, plain and corrected."""
+        order = lowest(self.corrected_lc()[1].mean(0).tolist())
+        lists = {"replaced_layers": order[:number]}
+        set_corrections(self.model, {})
+        readings = {"plain": self.read(lists)}
+        set_corrections(self.model, self.fit(lists, rank))
+        readings[f"rank {rank}"] = self.read(lists)
+        set_corrections(self.model, {})
+        rows, meter = [], self.meter
+        for kind, value in meter.accuracy(self.dense.right).items():
+            asked = torch.tensor([kind in ("all", question.kind) for question in meter.questions])
+            row = {"kind": kind, "questions": int(asked.sum()), "dense": f"{value:.1f}"}
+            for name, reading in readings.items():
+                change = 100 * (reading.right.double() - self.dense.right.double())[asked]
+                error = change.std().item() / len(change) ** 0.5
+                row[f"{name}: change"] = f"{change.mean().item():+.1f} ± {error:.1f}"
+                row[f"{name}: KL"] = f"{reading.kl(self.dense)[asked].mean().item():.3f}"
+            rows.append(row)
+        print(f"{number} layers replaced")
         print_table(rows)
 
     def blocks(self, strategies: Sequence[str], pairs: int) -> None:
@@ -460,6 +509,31 @@ class Evidence:
             asked = scenes.held_out(*FEW, f"calibration, {objects} objects", objects)
             add(f"{objects} objects a picture", Meter(self.packer, asked))
         print_table(rows)
+
+
+# Controls in place of `Regression.solve`: what less than a linear map with intercept can do.
+
+
+def without_intercept(sums: Regression, rank: int, ridge: float) -> Factors:
+    size = len(sums.inner) - 1
+    inner, cross = sums.inner[:-1, :-1], sums.cross[:-1]
+    whole = torch.linalg.solve(inner + ridge * inner.diagonal().mean() * torch.eye(size), cross)
+    up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
+    return Factors((whole @ up).T, up, torch.zeros(size, dtype=inner.dtype))
+
+
+def constants(sums: Regression, rank: int, ridge: float) -> Factors:
+    size = len(sums.inner) - 1
+    zeros = sums.inner.new_zeros(size, rank)
+    return Factors(zeros.T, zeros, sums.cross[-1] / sums.inner[-1, -1])
+
+
+def scales_and_constants(sums: Regression, rank: int, ridge: float) -> Factors:
+    count, size = sums.inner[-1, -1], len(sums.inner) - 1
+    mean_a, mean_d = sums.inner[-1, :-1] / count, sums.cross[-1] / count
+    variance = sums.inner.diagonal()[:-1] - count * mean_a**2
+    scale = (sums.cross[:-1].diagonal() - count * mean_a * mean_d) / (variance + ridge * variance.mean())
+    return Factors(scale.diag(), torch.eye(size, dtype=scale.dtype), mean_d - scale * mean_a)
 
 
 def summary(lc: Sequence[float]) -> dict[str, str]:

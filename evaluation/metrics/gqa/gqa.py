@@ -1,12 +1,12 @@
-"""GQA accuracy: exact match of the normalised answer."""
+"""GQA accuracy: exact match of the answer without trailing periods, lower-case."""
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """\
 GQA accuracy: the share of questions whose answer equals the reference. GQA's own script compares strings as they are;
-LLaVA takes trailing periods off and lower-cases the prediction first. Here both sides are lower-cased and stripped of
-white space, trailing periods and white space before these; nothing else is changed.
+LLaVA takes trailing periods off the prediction and lower-cases it first, as is done here. References are lower-cased,
+as GQA's are.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -27,10 +27,6 @@ _CITATION = """\
 """
 
 
-def normalize(text: str) -> str:
-    return text.strip().rstrip(".").rstrip().lower()
-
-
 class Gqa(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
@@ -49,5 +45,6 @@ class Gqa(evaluate.Metric):
     def _compute(self, predictions, references):
         if not len(predictions):
             raise ValueError("there are no predictions to score")
-        right = [normalize(prediction) == normalize(answer) for prediction, answer in zip(predictions, references)]
+        pairs = zip(predictions, references)
+        right = [prediction.rstrip(".").lower() == answer.lower() for prediction, answer in pairs]
         return {"accuracy": sum(right) / len(right)}

@@ -40,7 +40,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def parse(answer: str) -> str:
-    start = answer.strip().lower()[:4]
+    start = answer.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
@@ -72,8 +72,8 @@ class Mme(evaluate.Metric):
             for image, pair in pairs.items():
                 if len(pair) != 2:
                     raise ValueError(f"image {image!r} of task {task!r} has {len(pair)} questions instead of two")
-            accuracy = 100 * sum(map(sum, pairs.values())) / (2 * len(pairs))
-            accuracy_plus = 100 * sum(map(all, pairs.values())) / len(pairs)
+            accuracy = 100 * (sum(map(sum, pairs.values())) / (2 * len(pairs)))
+            accuracy_plus = 100 * (sum(map(all, pairs.values())) / len(pairs))
             result[task] = {
                 "accuracy": accuracy,
                 "accuracy_plus": accuracy_plus,

@@ -17,6 +17,7 @@ Args:
 Returns:
     accuracy, precision, recall, f1, yes_ratio: 0 to 1, over all questions; a ratio with nothing below it is 0.
     categories: the same five numbers for each category, if categories are given.
+    mean_f1: of the categories' F1, the figure that papers compare, if categories are given.
 """
 
 _CITATION = """\
@@ -48,11 +49,12 @@ def scores(pairs: list[tuple[bool, bool]]) -> dict[str, float]:
     """The five numbers for (said yes, is yes) pairs."""
     true_positives = sum(said and true for said, true in pairs)
     said_yes, are_yes = sum(said for said, _ in pairs), sum(true for _, true in pairs)
+    precision, recall = ratio(true_positives, said_yes), ratio(true_positives, are_yes)
     return {
         "accuracy": sum(said == true for said, true in pairs) / len(pairs),
-        "precision": ratio(true_positives, said_yes),
-        "recall": ratio(true_positives, are_yes),
-        "f1": ratio(2 * true_positives, said_yes + are_yes),
+        "precision": precision,
+        "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
         "yes_ratio": said_yes / len(pairs),
     }
 
@@ -84,4 +86,5 @@ class Pope(evaluate.Metric):
                 name: scores([pair for pair, category in zip(pairs, categories) if category == name])
                 for name in dict.fromkeys(categories)
             }
+            result["mean_f1"] = sum(each["f1"] for each in result["categories"].values()) / len(result["categories"])
         return result

@@ -85,10 +85,10 @@ def normalize(text: str, normalization: str = "vqa") -> str:
     return normalize_words(normalize_punctuation(clean_whitespace(text)))
 
 
-def leave_one_out(matches: int, answers: int) -> float:
+def leave_one_out(prediction: str, answers: list[str]) -> float:
     """Mean of min(matches / 3, 1) over the subsets that leave one of the answers out."""
-    left_in, left_out = min(matches / 3, 1), min((matches - 1) / 3, 1)
-    return ((answers - matches) * left_in + matches * left_out) / answers
+    matches = answers.count(prediction)
+    return sum(min((matches - (answer == prediction)) / 3, 1) for answer in answers) / len(answers)
 
 
 class VqaAccuracy(evaluate.Metric):
@@ -123,5 +123,5 @@ class VqaAccuracy(evaluate.Metric):
             prediction, *answers = map(clean_whitespace, [prediction, *answers])
             if len(set(answers)) > 1 or not skip_unanimous:
                 prediction, *answers = (normalize(text, normalization) for text in [prediction, *answers])
-            scores.append(leave_one_out(answers.count(prediction), len(answers)))
+            scores.append(leave_one_out(prediction, answers))
         return {"accuracy": sum(scores) / len(scores)}

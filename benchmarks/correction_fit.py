@@ -1,0 +1,67 @@
+"""Seconds and memory of fitting corrections, measured on one shape and worked out for another by operations."""
+
+import time
+from typing import Annotated
+
+import torch
+import typer
+
+from shortv_llava.benchmarks.models import Shape, find_shape, make_inputs, make_pair
+from shortv_llava.calibrate.correction import FitSample, Regression, fit_corrections
+from shortv_llava.flops import prefill_flops
+
+
+def sweep_operations(text_config, shape: Shape, text_tokens: int, number: int) -> int:
+    """Operations of one picture's two sweeps, with `number` layers replaced, and of its part of their sums."""
+    tokens, layers = (text_tokens, shape.visual_tokens), range(number)
+    sums = 4 * shape.visual_tokens * shape.width**2
+    return prefill_flops(text_config, *tokens) + prefill_flops(text_config, *tokens, layers, layers) + number * sums
+
+
+def solve_seconds(size: int, rank: int, device: str) -> float:
+    """Seconds of one layer's closed form, of sums that are there already."""
+    regression = Regression(size, torch.device(device))
+    regression.add(torch.randn(2 * size, size, device=device), torch.randn(2 * size, size, device=device))
+    begin = time.perf_counter()
+    regression.solve(rank)
+    return time.perf_counter() - begin
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Measured: a name as in `shortv bench prefill`.")] = "scaled",
+    wanted: Annotated[str, typer.Option("--for", help="Worked out: another of these names.")] = "llava-1.5-7b",
+    layers: Annotated[float, typer.Option(help="Share of layers replaced.")] = 0.8,
+    rank: int = 64,
+    pictures: int = 8,
+    samples: Annotated[int, typer.Option(help="Pictures that are worked out.")] = 200,
+    text_tokens: int = 64,
+    device: str = "cpu",
+) -> None:
+    """Time a fit on a model of random weights in float32, and say what one of another shape takes at that rate."""
+    shape, other = find_shape(model), find_shape(wanted)
+    _, ours = make_pair(shape, device)
+    number = round(layers * shape.num_layers)
+    ours.set_replaced_layers(shape.layers(number))
+    fit_samples = [FitSample(ours, make_inputs(ours, shape, text_tokens)) for _ in range(pictures)]
+    begin = time.perf_counter()
+    fit_corrections(ours, fit_samples, rank)
+    seconds = time.perf_counter() - begin
+    closed_form = number * solve_seconds(shape.width, rank, device)
+    operations = pictures * sweep_operations(ours.config.text_config, shape, text_tokens, number)
+    rate = operations / (seconds - closed_form)
+    print(
+        f"{model}, {number} of {shape.num_layers} layers, {pictures} picture{'s' * (pictures != 1)}: {seconds:.1f} s, "
+        f"of these {closed_form:.1f} s for the closed form; {rate / 1e9:.0f} GFLOP/s"
+    )
+
+    text_config = make_pair(other, "meta")[1].config.text_config
+    number = round(layers * other.num_layers)
+    sweeps = samples * sweep_operations(text_config, other, text_tokens, number)
+    closed_form = number * solve_seconds(other.width, rank, device)
+    states = samples * 3 * (text_tokens + other.visual_tokens) * other.width * 2
+    print(
+        f"{wanted}, {number} of {other.num_layers} layers, {samples} pictures: {sweeps / 1e12:.0f} TFLOP, "
+        f"{sweeps / rate / 60:.1f} minutes at this rate, {closed_form / 60:.1f} more for the closed form (measured); "
+        f"{states / 1e9:.1f} GB of states in half precision, in memory or on disk, and "
+        f"{2 * other.width**2 * 8 / 1e9:.2f} GB of sums, beside one layer's weights"
+    )
