@@ -274,10 +274,9 @@ for case in json.load(sys.stdin):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_person_at_the_terminal_sees_at_once_what_is_loaded(monkeypatch, capsys, terminal):
     monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
-    seen = []  # while a module is imported
-    monkeypatch.setattr(cli, "import_module", lambda module: seen.append(capsys.readouterr().err))
-    cli._begin("loading my-model")
-    assert ("loading my-model" in seen[0]) == terminal and capsys.readouterr().out == ""
+    with cli._loading("my-model"):
+        assert ("loading my-model" in capsys.readouterr().err) == terminal
+    assert capsys.readouterr().out == ""
 
 
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
