@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import threading
-from importlib import import_module, metadata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -108,22 +110,24 @@ def package(
 
         shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
     """
-    from shortv_llava.package import (
-        BY_HAND,
-        check_name,
-        check_output,
-        fetch_checkpoint,
-        parse_layers,
-        write_package,
-    )
-    from shortv_llava.processors import read_template
+    with _loading(base):
+        from shortv_llava.package import (
+            BY_HAND,
+            check_name,
+            check_output,
+            fetch_checkpoint,
+            parse_layers,
+            write_package,
+        )
+        from shortv_llava.processors import read_template
 
-    replaced_layers = parse_layers(layers, base)
-    if chat_template is not None:
-        read_template(chat_template)
-    check_name(base)
-    check_output(output, overwrite)
-    _begin(f"loading {base}")
+        replaced_layers = parse_layers(layers, base)
+        if chat_template is not None:
+            read_template(chat_template)
+        check_name(base)
+        check_output(output, overwrite)
+        import shortv_llava.modeling_shortv_llava  # noqa: F401, takes seconds
+
     write_package(
         fetch_checkpoint(base, weights=not no_weights),
         output,
@@ -181,10 +185,9 @@ def push(
     if space and (revision or create_pr):
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
-    _begin(f"loading {folder}", "shortv_llava.push_to_hub")
-
-    from shortv_llava.push_to_hub import push as run
-    from shortv_llava.push_to_hub import push_space
+    with _loading(folder):
+        from shortv_llava.push_to_hub import push as run
+        from shortv_llava.push_to_hub import push_space
 
     pushed = run(
         folder,
@@ -211,16 +214,16 @@ def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
         raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
 
 
-def _begin(what: str, module: str = "shortv_llava.modeling_shortv_llava") -> None:
-    """Import what takes seconds, behind a spinner on standard error; nothing is shown where that is no terminal."""
+@contextmanager
+def _loading(what: str | Path) -> Iterator[None]:
+    """A spinner on standard error while options are checked and libraries imported; none where that is no terminal."""
     from rich.console import Console
     from rich.live import Live
     from rich.spinner import Spinner
 
-    spinner = Spinner("dots", f"{what} …")
     settings = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Live(spinner, console=Console(stderr=True), **settings):
-        import_module(module)
+    with Live(Spinner("dots", f"loading {what} …"), console=Console(stderr=True), **settings):
+        yield
 
 
 def _report(name: str, pushed, dry_run: bool, tag: str | None, collection: str | None) -> None:
@@ -320,45 +323,45 @@ def calibrate(
 
         shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
     """
-    from dataclasses import replace
+    with _loading(base):
+        from dataclasses import replace
 
-    from shortv_llava.calibrate.samples import check_sources, fit_samples, load_samples
-    from shortv_llava.calibrate.selection import Choice
-    from shortv_llava.errors import ShortVError
-    from shortv_llava.package import (
-        check_name,
-        check_output,
-        config_object,
-        find_checkpoint,
-        leave_processes,
-        load_model,
-        own_device,
-        package_config,
-        parse_layers,
-        read_config,
-    )
-    from shortv_llava.processors import load_processor, pads, read_template
+        from shortv_llava.calibrate.samples import check_sources, fit_samples, load_samples
+        from shortv_llava.calibrate.selection import Choice
+        from shortv_llava.errors import ShortVError
+        from shortv_llava.package import (
+            check_name,
+            check_output,
+            config_object,
+            find_checkpoint,
+            leave_processes,
+            load_model,
+            own_device,
+            package_config,
+            parse_layers,
+            read_config,
+        )
+        from shortv_llava.processors import load_processor, pads, read_template
 
-    data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
-    for value in tokens:
-        if value not in get_args(Tokens):
-            raise typer.BadParameter(f"{' or '.join(get_args(Tokens))}, not {value!r}", param_hint="--tokens")
-    _check_bits(load_in_4bit, load_in_8bit)
-    given = None if layers is None else tuple(parse_layers(layers, base))
-    budget = num_layers, fraction, flops_ratio, max_divergence
-    rank = 1 if correction_rank is None else correction_rank  # for now: the default is the model's
-    choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
-    choice.check()
-    check_sources(data, images)
-    if chat_template is not None:
-        read_template(chat_template)
-    check_name(base)
-    check_output(output, overwrite)
-    _begin(f"loading {base}", "shortv_llava.calibrate.run")
+        data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
+        for value in tokens:
+            if value not in get_args(Tokens):
+                raise typer.BadParameter(f"{' or '.join(get_args(Tokens))}, not {value!r}", param_hint="--tokens")
+        _check_bits(load_in_4bit, load_in_8bit)
+        given = None if layers is None else tuple(parse_layers(layers, base))
+        budget = num_layers, fraction, flops_ratio, max_divergence
+        rank = 1 if correction_rank is None else correction_rank  # for now: the default is the model's
+        choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
+        choice.check()
+        check_sources(data, images)
+        if chat_template is not None:
+            read_template(chat_template)
+        check_name(base)
+        check_output(output, overwrite)
 
-    from accelerate import PartialState
+        from accelerate import PartialState
 
-    from shortv_llava.calibrate.run import calibrate as run
+        from shortv_llava.calibrate.run import calibrate as run
 
     folder = find_checkpoint(base, vision_tower, base_weights)
     entries = read_config(folder)
@@ -469,17 +472,15 @@ def chat(
     if web:
         if find_spec("gradio") is None:
             raise ShortVError("--web needs gradio: pip install gradio")
-        _begin(f"loading {model}", "shortv_llava.web")
-
-        from shortv_llava.web import show
+        with _loading(model):
+            from shortv_llava.web import show
 
         loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
         return show(loaded.model, loaded.processor, Path(model).name, max_new_tokens)
 
     images = [(load_image(source), source) for source in image or ()]
-    _begin(f"loading {model}", "shortv_llava.chat")
-
-    from shortv_llava.chat import Conversation, Terminal
+    with _loading(model):
+        from shortv_llava.chat import Conversation, Terminal
 
     loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
     conversation = Conversation(loaded.model, loaded.processor, system, max_new_tokens, temperature, top_p, seed)
@@ -537,21 +538,23 @@ def evaluate(
 
         shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
     """
-    from shortv_llava.evaluation.command import Data, check, run
-    from shortv_llava.package import check_name, leave_processes, parse_layers
-
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
 
         typer.echo("\n".join(sorted(TASKS)))
         raise typer.Exit
-    _check_bits(load_in_4bit, load_in_8bit)
-    if replaced_layers is not None:
-        parse_layers(replaced_layers, model)
-    check_name(model)
-    asked = Data(task, data, questions, images, metric)
-    check(asked, output, compare, sweep, card)
-    _begin(f"loading {model}", "shortv_llava.evaluation.run")
+    with _loading(model):
+        from shortv_llava.evaluation.command import Data, check, run
+        from shortv_llava.package import check_name, leave_processes, parse_layers
+
+        _check_bits(load_in_4bit, load_in_8bit)
+        if replaced_layers is not None:
+            parse_layers(replaced_layers, model)
+        check_name(model)
+        asked = Data(task, data, questions, images, metric)
+        check(asked, output, compare, sweep, card)
+        import shortv_llava.evaluation.run  # noqa: F401, takes seconds
+
     run(
         model,
         asked,
@@ -587,9 +590,8 @@ def bench(context: typer.Context) -> None:
 
         shortv bench decoding --help
     """
-    _begin("loading the benchmarks", "shortv_llava.benchmarks.command")
-
-    from shortv_llava.benchmarks.command import app as benchmarks
+    with _loading("the benchmarks"):
+        from shortv_llava.benchmarks.command import app as benchmarks
 
     benchmarks(args=context.args, prog_name="shortv bench")
 
@@ -607,6 +609,9 @@ def serve(
 
         shortv serve llava-1.5-7b-shortv --port 8001 --tensor-parallel-size 2
     """
+    with _loading(package), suppress(ImportError):  # without it the next line says what to do
+        import vllm  # noqa: F401, takes seconds
+
     from shortv_llava.serving.command import serve as run
 
     run(package, context.args)
@@ -622,12 +627,12 @@ def demo(
 
         shortv demo
     """
-    from shortv_llava.package import check_output
+    with _loading("the embedded checkpoint"):
+        from shortv_llava.package import check_output
 
-    check_output(output, overwrite=True)
-    _begin("loading the embedded checkpoint", "shortv_llava.demo")
+        check_output(output, overwrite=True)
 
-    from shortv_llava.demo import run
+        from shortv_llava.demo import run
 
     run(output)
 

@@ -128,7 +128,7 @@ class Score(NamedTuple):
         data: name of the questions.
         dataset: Hub id of the data set that they come from; None for a file of one's own.
         metric: such as `accuracy` or `f1`.
-        score, interval: in percent, or in the metric's own points.
+        score, interval: in percent, or in the metric's own points; no interval of a single picture's questions.
         base_score, base_interval: the base model's, with the same code; None if it was not evaluated beside.
         percent_of_base, percent_interval: the one score in percent of the other.
         date: ISO 8601.
@@ -140,7 +140,7 @@ class Score(NamedTuple):
     metric: str
     questions: int
     score: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     base_score: float | None
     base_interval: tuple[float, float] | None
     percent_of_base: float | None
@@ -387,8 +387,9 @@ def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
             "source_url": scores_url(repo_id),
             "source_name": RESULTS_SOURCE,
             "notes": ", ".join(
-                [f"{score.metric}, {score.questions:,} questions, 95% interval {score.interval[0]:.2f} to "
-                 f"{score.interval[1]:.2f}", *([score.note] if score.note else [])]
+                [score.metric, f"{score.questions:,} questions",
+                 *(["95% interval {:.2f} to {:.2f}".format(*score.interval)] if score.interval else []),
+                 *([score.note] if score.note else [])]
             ),
         }
         for score in scores

@@ -203,32 +203,27 @@ def broken_pictures(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "missing", folder / "none.png"
 
 
-def refused(count: Count, what: str, output: Path, *arguments) -> None:
-    """Count a command that must fail with exit code 1 and leave its output folder without results."""
-    code, log = Command(*arguments, "--output", output).end()
-    results = output.is_dir() and any(path.name in ("config.json", "results.json") for path in output.iterdir())
-    count.add(what, log, code != 1 or "shortv: error:" not in log, results)
-    shutil.rmtree(output, ignore_errors=True)
-
-
 def pictures_and_lines(work: Path) -> Iterator[Count]:
-    """Broken pictures and lines of question files, given to `evaluate`, a good line before them."""
-    folder, asked = work / "images", work / "asked.jsonl"
+    """Broken pictures and lines of question files, a good line before them: `evaluate` must refuse each in one line."""
+    folder, asked, output = work / "images", work / "asked.jsonl", work / "answers"
     folder.mkdir()
     shutil.copyfile(IMAGES / "000.png", folder / "000.png")
     (folder / "loop.png").symlink_to("loop.png")
-    evaluate = ("evaluate", CHECKPOINT, "--questions", asked, "--images", folder, "--metric", "gqa")
+    evaluate = ("evaluate", CHECKPOINT, "--questions", asked, "--images", folder, "--metric", "gqa", "--output", output)
     pictures = {name: json.dumps(QUESTION | {"image": path.name}) for name, path in broken_pictures(folder)}
     for count, lines in ((Count("pictures"), pictures), (Count("lines of questions"), LINES)):
         for what, line in lines.items():
             asked.write_text(json.dumps(QUESTION | {"question_id": 0}) + "\n" + line + "\n")
-            refused(count, what, work / "answers", *evaluate, "--max-new-tokens", 1)
+            code, log = Command(*evaluate, "--max-new-tokens", 1).end()
+            count.add(what, log, code != 1 or "shortv: error:" not in log, (output / "results.json").exists())
+            shutil.rmtree(output, ignore_errors=True)
         yield count
 
 
 def damaged(work: Path, kind: str, damage: Iterator[tuple[str, str, Callable | None]]) -> Count:
-    """Checkpoints with one damaged file, packaged: refused, or the package is whole."""
-    count, base, output = Count(kind), work / "base", work / "made"
+    """Checkpoints with one damaged file: packaging refuses them in one line, or the package answers."""
+    count, base, output, answered = Count(kind), work / "base", work / "made", work / "answered"
+    asked = ("--questions", work / "questions.jsonl", "--images", IMAGES, "--max-new-tokens", 1, "--output", answered)
     for what, name, change in damage:
         shutil.copytree(CHECKPOINT, base)
         data = (base / name).read_bytes()
@@ -236,29 +231,26 @@ def damaged(work: Path, kind: str, damage: Iterator[tuple[str, str, Callable | N
         if change is not None:
             (base / name).write_bytes(change(data))
         code, log = Command("package", base, "--layers", 1, "--output", output).end()
-        if code == 0 and kind == "weights":  # a name in the header may stay what it was
-            code, more = Command("evaluate", output, "--questions", work / "questions.jsonl", "--images", IMAGES,
-                                 "--max-new-tokens", 1, "--output", work / "answered").end()  # fmt: skip
+        refused, made = code == 1 and "shortv: error:" in log, output.exists()
+        if code == 0 and "takes only token ids" not in log:
+            code, more = Command("evaluate", output, *asked).end()
             log += more
-        elif code == 1:
-            code = 0 if "shortv: error:" in log else 2
-        count.add(f"{name} {what}", log, code != 0, output.exists() and "error" in log)
-        for folder in (base, output, work / "answered"):
+        count.add(f"{name} {what}", log, code != 0 and not refused, refused and made)
+        for folder in (base, output, answered):
             shutil.rmtree(folder, ignore_errors=True)
     return count
 
 
 def tampered(number: int) -> Iterator[tuple[str, str, Callable]]:
     """Weights cut at random, or with a random byte of the header changed."""
+    size = 8 + int.from_bytes((CHECKPOINT / "model.safetensors").read_bytes()[:8], "little")
     for trial in range(number):
-        size = int.from_bytes((CHECKPOINT / "model.safetensors").open("rb").read(8), "little")
-        place, byte = random.randrange(8 + size), random.randrange(256)
-        if trial % 4 == 0:
-            yield "cut", "model.safetensors", lambda data: data[: random.randrange(len(data))]
+        place, byte = random.randrange(size), bytes([random.randrange(256)])
+        if trial % 4:
+            change = f"byte {place} is {byte}", lambda data, at=place, byte=byte: data[:at] + byte + data[at + 1 :]
         else:
-            yield f"byte {place} is {byte}", "model.safetensors", lambda data, place=place, byte=byte: (
-                data[:place] + bytes([byte]) + data[place + 1 :]
-            )
+            change = "cut", lambda data: data[: random.randrange(len(data))]
+        yield change[0], "model.safetensors", change[1]
 
 
 def main(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ import pytest
 import torch
 from command import shortv_here
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
+from shortv_llava.calibrate import report
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import (
@@ -264,6 +267,42 @@ class TestCost:
         assert (nothing.kl, nothing.agreement, nothing.nll_change) == (0, 1, 0)
         assert model.config.replaced_layers == [2]
         model.set_replaced_layers([])
+
+
+class TestReport:
+    SCORES = {"visual": [1e-3, 2e-7, 0.0]}
+    FROZEN = {"replaced_layers": [2], "replaced_attention_layers": [], "replaced_ffn_layers": []}
+
+    def shown(self, table) -> str:
+        console = Console(record=True, width=80, file=StringIO())
+        console.print(table)
+        return console.export_text()
+
+    def test_one_sample_tells_no_interval_and_no_share(self, model, processor):
+        cost = CostMeter(model, processor, embedded_samples()[:1]).measure(self.FROZEN)
+        assert cost.kl_interval is None
+        table = self.shown(report.cost_table("layer", [{"number": 1, "flops_ratio": 0.9, "cost": cost}], 0))
+        assert "±" not in table and "95%" not in table and " KL " in table
+        assert "chosen in" not in self.shown(report.score_table(self.SCORES, self.FROZEN, []))
+        assert "chosen in" in self.shown(report.score_table(self.SCORES, self.FROZEN, [0.0, 0.1, 1.0]))
+
+    def test_layers_of_no_contribution_and_intervals_are_drawn(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+        intervals = {"visual": [(1e-4, 2e-3), (0.0, 3e-7), (0.0, 0.0)]}
+        report.draw_scores(tmp_path / "scores.png", self.SCORES, self.FROZEN, intervals)
+        [axes] = drawn
+        [line] = axes.get_lines()
+        assert list(line.get_ydata()) == self.SCORES["visual"] and axes.get_ylim()[0] == 0
+        heights = axes.transData.transform([(0, y) for y in (0, 2e-7, 1e-3)])[:, 1]
+        assert heights[0] < heights[1] < heights[2]
+        [band] = axes.collections
+        assert {2e-3, 3e-7} <= {y for _, y in band.get_paths()[0].vertices}
+
+    def test_a_prompt_longer_than_the_context(self, model, processor):
+        sample = embedded_samples()[0]._replace(question="word " * 3000)
+        with pytest.raises(ShortVError, match=f"sample {sample.id}: its prompt has .* shorten it"):
+            CostMeter(model, processor, [sample])
 
 
 def test_scores_that_are_not_finite_name_the_sample(tmp_path, processor):

@@ -11,6 +11,7 @@ from command import shortv_here
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from shortv_llava import cli
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.package import PUBLISHED
@@ -227,6 +228,55 @@ class TestBadInput:
         assert shortv_here("calibrate", CHECKPOINT).returncode == 2
         for options in (["--direction", "both"], ["--tokens", "image"], ["--samples", "0"], ["--num-layers", "many"]):
             assert shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "out", *options).returncode == 2
+
+
+def test_wrong_options_are_found_before_torch_is_imported(questions, tmp_path):
+    calibrate, evaluate = ["calibrate", CHECKPOINT], ["evaluate", CHECKPOINT]
+    own = [*evaluate, "--questions", questions / "questions.jsonl", "--images", questions / "images"]
+    cases = [
+        [*calibrate, "--strategy", "best"],
+        [*calibrate, "--dtype", "int8"],
+        [*calibrate, "--seed", "-1"],
+        [*calibrate, "--max-divergence", "-1"],
+        [*calibrate, "--num-layers", "-1"],
+        [*calibrate, "--num-layers", "1", "--fraction", "0.5"],
+        [*calibrate, "--layers", "one"],
+        [*calibrate, "--data", "nowhere.jsonl", "--images", tmp_path],
+        [*calibrate, "--chat-template", "nowhere"],
+        ["calibrate", "nowhere"],
+        ["package", "nowhere", "--layers", "1"],
+        ["package", CHECKPOINT, "--layers", "one"],
+        [*evaluate, "--task", "nothing"],
+        [*evaluate, "--questions", "nowhere.jsonl"],
+        [*own, "--metric", "none"],
+        [*own, "--sweep", "-1"],
+        [*own, "--replaced-layers", "one"],
+        [*own, "--load-in-4bit", "--load-in-8bit"],
+    ]
+    cases = [[*map(str, case), "--output", str(tmp_path / "out")] for case in cases]
+    cases += [["chat", str(CHECKPOINT), *case] for case in (["--seed", "-1"], ["--image", "x.png"], ["--dtype", "x"])]
+    script = """
+import json, sys
+from shortv_llava.cli import main
+for case in json.load(sys.stdin):
+    try:
+        main(*case)
+    except SystemExit as end:
+        print(end.code)
+    assert "torch" not in sys.modules, case
+"""
+    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(cases), capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(done.stdout.split()) == len(cases) and set(done.stdout.split()) == {"1", "2"}
+    assert left_in(tmp_path) == ["data"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_person_at_the_terminal_sees_at_once_what_is_loaded(monkeypatch, capsys, terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    with cli._loading("my-model"):
+        assert ("loading my-model" in capsys.readouterr().err) == terminal
+    assert capsys.readouterr().out == ""
 
 
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch):

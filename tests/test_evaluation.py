@@ -16,6 +16,7 @@ from PIL import Image
 
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation import answering
 from shortv_llava.evaluation import command as evaluate_command
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
@@ -393,7 +394,7 @@ class TestTasks:
                 given.update(settings)
                 return Answerer(model, processor, **settings)
 
-            monkeypatch.setattr(evaluate_command, "Answerer", answerer)
+            monkeypatch.setattr(answering, "Answerer", answerer)
             data = Data(name, None if hub else tmp_path / "eval", None, None, None)
             loading = {"dtype": "float32", "device_map": "cpu", "replaced_layers": "3"}
             evaluate_command.run(str(CHECKPOINT), data, tmp_path / "out", loading=loading, max_new_tokens=2)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, 
 
 from shortv_llava import CONFIG_CLASSES, ShortVLlavaForConditionalGeneration
 from shortv_llava.chat_templates import FORMATS
+from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import write_package
+from shortv_llava.package import load_model, write_package
 from shortv_llava.processors import load_processor, outdated_files, pads
 from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM, make_prompt, process
 
@@ -398,6 +400,58 @@ class TestWeights:
         with pytest.raises(ShortVError, match="no weights, neither model.safetensors nor"):
             package()
         assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("tokenizer.json", None, "has no tokenizer"),
+        ("tokenizer.json", b'{"model": {', "tokenizer.json: is not JSON .*; correct it"),
+        ("tokenizer.json", b"{}", "its processor cannot be loaded .*; copy the files of the base model"),
+        ("tokenizer_config.json", b'{"a":' * 100_000, "tokenizer_config.json: is nested too deeply; correct it"),
+        ("tokenizer_config.json", b'{"a": "\\ud800"}', r"tokenizer_config.json: holds \\ud800, half a character"),
+        ("tokenizer_config.json", b"{}", "its processor fails .*; copy the files of the base model"),
+        ("preprocessor_config.json", None, "its processor cannot be loaded .*; copy the files of the base model"),
+        ("preprocessor_config.json", b"\xff", "preprocessor_config.json: is no UTF-8"),
+        ("processor_config.json", b"[1]", "processor_config.json: holds no JSON object; get the file again"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, data, words):
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    (base / name).unlink()
+    if data is not None:
+        (base / name).write_bytes(data)
+    with pytest.raises(ShortVError, match=words) as error:
+        load_processor(base)
+    assert str(base) in str(error.value)
+    assert tempfile.gettempdir() not in str(error.value).replace(str(base), "")  # where the files are put right
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", b"1" * 100, "model.safetensors: damaged or incomplete"),
+        ("generation_config.json", b"[1]", "generation_config.json: holds no JSON object"),
+    ],
+)
+def test_damaged_files_are_named_before_loading(tmp_path, name, data, words):
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    (base / name).unlink()
+    if data is not None:
+        (base / name).write_bytes(data)
+    with pytest.raises(ShortVError, match=words):
+        load_model(base)
+
+
+def test_pictures_of_another_models_size_are_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    edit(base / "preprocessor_config.json", size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    with pytest.raises(ShortVError, match="its processor does not fit config.json"):
+        load_processor(base)
 
 
 def test_a_backbone_that_shortv_does_not_know_is_refused_before_any_copying(base, package, tmp_path):

@@ -81,6 +81,12 @@ def test_resamples_are_what_the_metric_gives_for_them(metric, monkeypatch):
     assert low == high == pytest.approx(expected)
 
 
+def test_questions_about_a_single_picture_tell_no_interval():
+    questions, dense, shortv = examples("gqa", 1, seed=2)
+    intervals = bootstrap("gqa", questions, {"dense": dense, "shortv": shortv})
+    assert intervals.headline == intervals.retention == {"dense": None, "shortv": None}
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_intervals(metric):
     questions, dense, shortv = examples(metric, 30, seed=2)
