@@ -462,6 +462,13 @@ def evaluate(
     sweep: Annotated[
         str | None, typer.Option(help="Compare numbers of replaced layers, as `8,16,24`, with the dense model.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Ways to save visual tokens, separated by commas: `shortv`, `fastv:K:R`, `vtw:K`, `shortv+fastv:K:R`, "
+            "`shortv+vtw:K`. Of several, a table with the dense model."
+        ),
+    ] = None,
     card: Annotated[Path | None, typer.Option(help="Package folder whose model card shall tell the results.")] = None,
     replaced_layers: ReplacedLayers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in the model at once.")] = 16,
@@ -491,6 +498,8 @@ def evaluate(
         shortv evaluate llava-1.5-7b-shortv --task pope --sweep 4,8,12,16,19,24,28 --output results/pope
 
         shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
+
+        shortv evaluate llava-1.5-7b-shortv --task gqa --method shortv,fastv:2:0.5,vtw:16 --output results/methods
     """
     from shortv_llava.evaluation.command import Data, run
     from shortv_llava.package import leave_processes
@@ -508,6 +517,7 @@ def evaluate(
         output,
         compare=compare,
         sweep=sweep,
+        method=method,
         card=card,
         loading={
             "replaced_layers": replaced_layers,

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import report
 from shortv_llava.evaluation.answering import Answerer
+from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import Result, answers_file, choose_variants, evaluate
 from shortv_llava.evaluation.scoring import check_references, headline_name, of_subset
@@ -56,6 +57,7 @@ def run(
     output: Path,
     compare: bool = False,
     sweep: str | None = None,
+    method: str | None = None,
     card: Path | None = None,
     loading: dict | None = None,
     max_new_tokens: int | None = None,
@@ -66,6 +68,7 @@ def run(
     Args:
         base: the model, a folder or Hub id.
         sweep: numbers of layers, separated by commas.
+        method: names for [`parse_methods`].
         card: package folder whose card shall tell the results.
         loading: of [`load`].
         answering: of [`Answerer`].
@@ -77,14 +80,19 @@ def run(
     numbers = _numbers(sweep) if sweep is not None else []
     if compare and numbers:
         raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
+    methods = parse_methods(method) if method is not None else []
+    if methods and numbers:
+        raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
     task = TASKS.get(data.task)
     metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
     subset = task.subset if task else None
     if card is not None:
         packaged = config_object(read_config(card))
         read_scores(card)  # fails before the long work
-        if metric is None or numbers:
-            raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
+        if metric is None or numbers or methods:
+            raise ShortVError(
+                "--card tells a score of the package: it goes with a metric, not with --sweep or --method"
+            )
     questions = data.load()
     if metric is not None:
         check_references(metric, of_subset(questions, subset))
@@ -96,9 +104,11 @@ def run(
     loaded = load(base, **loading)
     if card is not None and _computed(loaded.model.config) != _computed(packaged):
         raise ShortVError(f"--card {card}: its layers are not those to be evaluated; leave out --card or the layers")
-    variants = choose_variants(loaded.model.config, compare, numbers)
+    variants = choose_variants(loaded.model.config, compare, numbers, methods)
     if max_new_tokens is None:
         max_new_tokens = task.max_new_tokens if task else MAX_NEW_TOKENS
+    if any(found.dropping for found in methods):
+        answering["shared_prefix"] = False  # what is dropped of a picture depends on the whole prompt
     if task:
         answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)

@@ -8,7 +8,7 @@ Language Models with Visual Tokens Withdrawal for Rapid Inference", 2024 (VTW).
 Shapes: B rows of S tokens, K keys, h hidden size, d head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -51,13 +51,13 @@ class Method(NamedTuple):
     dropping: Dropping | None
 
 
-def parse_methods(given: str, num_layers: int) -> list[Method]:
-    """Methods from their names, separated by commas, for a model of so many layers.
+def parse_methods(given: str) -> list[Method]:
+    """Methods from their names, separated by commas.
 
     Raises:
-        ShortVError: if one is not of `FORMS`, stands there twice, or its numbers fit no such model.
+        ShortVError: if one is not of `FORMS` or stands there twice.
     """
-    methods = [_parse_method(name.strip(), num_layers) for name in given.split(",")]
+    methods = [_parse_method(name.strip()) for name in given.split(",")]
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
@@ -65,7 +65,7 @@ def parse_methods(given: str, num_layers: int) -> list[Method]:
     return methods
 
 
-def _parse_method(given: str, num_layers: int) -> Method:
+def _parse_method(given: str) -> Method:
     parts = given.split("+")
     shortv = parts[0] == "shortv"
     kind, *numbers = parts[shortv].split(":") if len(parts) > shortv else [None]
@@ -78,11 +78,18 @@ def _parse_method(given: str, num_layers: int) -> Method:
         layer, share = int(numbers[0]), float(numbers[1]) if kind == "fastv" else 1.0
     except ValueError:
         raise ShortVError(f"--method: {given!r} has something else than numbers; write {FORMS}") from None
-    if not 0 < layer < num_layers:
-        raise ShortVError(f"--method: K of {given!r} lies between 1 and {num_layers - 1}, this model's last layer")
+    if layer < 1:
+        raise ShortVError(f"--method: K of {given!r} is the first layer with fewer tokens, at least 1")
     if not 0 < share <= 1:
         raise ShortVError(f"--method: R of {given!r} is the share that is dropped, above 0 and at most 1")
     return Method(name, shortv, Dropping(layer, share))
+
+
+def check_layers(methods: Sequence[Method], num_layers: int) -> None:
+    """Raises ShortVError if a method begins behind a model's last layer."""
+    for method in methods:
+        if method.dropping is not None and method.dropping.layer >= num_layers:
+            raise ShortVError(f"--method {method.name}: K is at most {num_layers - 1}, this model's last layer")
 
 
 @contextmanager
