@@ -43,9 +43,8 @@ def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequen
     """By name: of `methods` each, with those numbers of replaced layers or the paper's; else of frozen layers alone."""
     everything = shape.num_layers
     if methods:
-        numbers = numbers or [
-            len(PUBLISHED[shape.published].replaced_layers) if shape.published else round(0.6 * everything)
-        ]
+        published = PUBLISHED[shape.published].replaced_layers if shape.published else range(round(0.6 * everything))
+        numbers = numbers or [len(published)]
         return {
             method.name + f", N = {number}" * method.shortv: Variant((shape.layers(number), [], []), method.dropping)
             for method in methods
