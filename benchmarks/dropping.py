@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortv_llava.evaluation.methods import Dropping, last_row_attention, last_tokens, most_attended, visual_tokens
+from shortv_llava.evaluation.methods import (
+    Dropping,
+    by_name,
+    last_row_attention,
+    last_tokens,
+    most_attended,
+    seen_before,
+    visual_tokens,
+)
 from shortv_llava.modeling_shortv_llava import FrozenTokens
 from shortv_llava.package import cache_name
 
@@ -52,8 +60,8 @@ class _Dropper:
         self.config, self.dropping = model.config, dropping
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get(cache_name())
-        self.ids, self.is_prompt = kwargs["input_ids"], cache is None or cache.get_seq_length() == 0
+        given = by_name(module, args, kwargs)
+        self.ids, self.is_prompt = given["input_ids"], seen_before(given) == 0
 
     def choose(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.is_prompt:

@@ -103,15 +103,15 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
         model: LLaVA or ShortV LLaVA with its head.
 
     Raises:
-        ValueError: of another attention implementation than `sdpa` and `eager`; in a pass, if it brings visual tokens
-            on top of a cache.
+        ShortVError: if the model's attention implementation is neither `sdpa` nor `eager`.
+        ValueError: in a pass, if it brings visual tokens on top of a cache.
     """
     if dropping is None:
         yield
         return
     implementation = model.config.text_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"visual tokens are hidden by masks of sdpa and eager attention, not of {implementation!r}")
+        raise ShortVError(f"a method that drops visual tokens needs sdpa or eager attention, not {implementation!r}")
     hiding, layers = _Hiding(model, dropping), model.model.language_model.layers
     handles = [model.model.register_forward_pre_hook(hiding.begin, with_kwargs=True)]
     if dropping.share < 1:
@@ -141,11 +141,11 @@ class _Hiding:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Of LLaVA without head: a pass on an empty cache is a prompt."""
-        cache = kwargs.get(cache_name())
-        self.past, self.masks = 0 if cache is None else int(cache.get_seq_length()), {}
-        visual = visual_tokens(self.config, kwargs["input_ids"])
+        given = by_name(module, args, kwargs)
+        self.past, self.masks = seen_before(given), {}
+        visual = visual_tokens(self.config, given["input_ids"])
         if self.past == 0:
-            self.visual, self.last = visual, last_tokens(visual, kwargs.get("attention_mask"))
+            self.visual, self.last = visual, last_tokens(visual, given.get("attention_mask"))
             self.dropped = visual if self.dropping.share == 1 else None
         elif visual.any():
             raise ValueError("visual tokens on top of a cache: which are dropped depends on the whole prompt")
@@ -179,6 +179,17 @@ class _Hiding:
         if given.dtype == torch.bool:
             return given & ~hidden
         return given.masked_fill(hidden, torch.finfo(given.dtype).min)
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module of transformers is called with, by parameter; LLaVA-NeXT gives ids by position."""
+    return dict(zip(type(module).forward.__annotations__, args)) | kwargs  # stock annotates every parameter
+
+
+def seen_before(given: dict[str, Any]) -> int:
+    """How many tokens a pass finds in the cache."""
+    cache = given.get(cache_name())
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:

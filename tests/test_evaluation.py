@@ -213,19 +213,19 @@ class TestRun:
 
     def test_methods_beside_one_another(self, embedded, asked, tmp_path):
         model, processor = embedded
-        variants = choose_variants(model.config, methods=parse_methods("shortv,fastv:3:0.5,shortv+vtw:6"))
-        answerer = Answerer(model, processor, 4, 6, shared_prefix=False)
-        results = evaluate(answerer, asked[:5], variants, tmp_path, "model", "gqa")
-        assert [result.name for result in results] == ["dense", "shortv", "fastv-3-0.5", "shortv+vtw-6"]
+        variants = choose_variants(model.config, methods=parse_methods("fastv:3:0.5,shortv+vtw:6"))
+        answerer = Answerer(model, processor, 4, 3, shared_prefix=False)
+        results = evaluate(answerer, asked[:3], variants, tmp_path, "model", "gqa")
+        assert [result.name for result in results] == ["dense", "fastv-3-0.5", "shortv+vtw-6"]
         for result, variant in zip(results, variants):
             with variant.applied(model, dropped):
-                found = {question.id: alone(model, processor, question, 6) for question in asked[:5]}
+                found = {question.id: alone(model, processor, question, 3) for question in asked[:3]}
             assert result.answers == found
         assert results[0].kl == 0 < min(result.kl for result in results[1:])
         ratios = [result.flops_ratio for result in results]
-        assert ratios[3] < ratios[1] < ratios[0] == 1 > ratios[2] > 0.5
+        assert ratios[2] < ratios[1] < ratios[0] == 1
         assert all(result.prefill_seconds > 0 for result in results)
-        assert [result.speed_up is None for result in results] == [False, False, True, True]
+        assert [result.speed_up is None for result in results] == [False, True, True]
         line = json.loads((tmp_path / "answers-shortv+vtw-6.jsonl").read_text().splitlines()[0])
         assert line["metadata"]["dropping"] == {"layer": 6, "share": 1.0}
         assert line["metadata"]["replaced_layers"] == LAYERS
@@ -448,6 +448,21 @@ class TestTasks:
     def test_what_is_scored_elsewhere_is_named(self, evaluated, tmp_path, capsys):
         evaluated("mm_vet")
         assert f"to be scored elsewhere: {tmp_path / 'out' / 'mm_vet.json'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, shared", [("shortv", True), ("shortv,fastv:2:0.5", False)])
+def test_a_method_that_drops_shares_no_prefix(package_folder, files, tmp_path, monkeypatch, method, shared):
+    class Stopped(Exception):
+        pass
+
+    def answerer(*args, shared_prefix, **settings):
+        assert shared_prefix is shared
+        raise Stopped
+
+    monkeypatch.setattr(evaluate_command, "Answerer", answerer)
+    given = Data(None, None, Path(files[1]), Path(files[3]), None)
+    with pytest.raises(Stopped):
+        evaluate_command.run(str(package_folder), given, tmp_path / "out", method=method, shared_prefix=True)
 
 
 def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):

@@ -89,8 +89,11 @@ def test_rows_of_any_batch_are_as_dropped_alone(attention, padding_side, replace
 
 
 @pytest.mark.parametrize("replaced", [[], [1]])
-def test_the_score_is_the_last_rows_attention(replaced, exact_softmax):
-    (model, *_) = models("eager", replaced)
+@pytest.mark.parametrize("backbone", ["llama", "qwen2", *tiny.OTHER_BACKBONES])
+def test_the_score_is_the_last_rows_attention(backbone, replaced, exact_softmax):
+    settings = tiny.OTHER_BACKBONES.get(backbone, {})
+    model = tiny.pair(backbone=backbone, attn_implementation="eager", **settings)[1]
+    model.set_replaced_layers(replaced)
     inputs = tiny.batch(model, "llava", ROWS, "right")
     last, layer, found = inputs["attention_mask"].sum(dim=1) - 1, model.model.language_model.layers[1], []
 
@@ -103,6 +106,17 @@ def test_the_score_is_the_last_rows_attention(replaced, exact_softmax):
     handle.remove()
     expected = output.attentions[1][torch.arange(len(last)), :, last].mean(dim=1)
     torch.testing.assert_close(found[0], expected, **tiny.CLOSE)
+
+
+@pytest.mark.parametrize("backbone", tiny.OTHER_BACKBONES)
+def test_other_backbones_and_families(backbone):
+    model = tiny.pair("llava_next", backbone, **tiny.OTHER_BACKBONES[backbone])[1]
+    model.set_replaced_layers([3, 1])
+    inputs, logits = tiny.batch(model, "llava_next", ["ttItIttt"]), []
+    for drop in (hidden, dropped):
+        with drop(model, Dropping(2, 0.5)), torch.no_grad():
+            logits.append(model(**inputs).logits[:, -1])
+    torch.testing.assert_close(*logits, **tiny.CLOSE)
 
 
 def test_as_many_tokens_are_kept_as_fastv_keeps():
@@ -129,13 +143,17 @@ def test_generates_as_with_one_token_after_another():
     assert not torch.equal(tokens, model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :])
 
 
-def test_what_it_cannot_do_is_said():
+def test_what_it_cannot_do_is_said(monkeypatch):
     (model, *_) = models("sdpa", [])
     inputs = tiny.batch(model, "llava", ["tItttt"])
     with hidden(model, Dropping(2, 0.5)), torch.no_grad():
         cache = {cache_name(): model(**inputs, use_cache=True)[cache_name()]}
         with pytest.raises(ValueError, match="on top of a cache"):
             model(**inputs | {"attention_mask": None}, **cache)
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation", "flex_attention")
+    with pytest.raises(ShortVError, match="not 'flex_attention'"), hidden(model, Dropping(2, 0.5)):
+        pass
+    monkeypatch.undo()
     with torch.no_grad():  # nothing is left behind
         after = model(**inputs).logits
     torch.testing.assert_close(after, tiny.pair()[0](**inputs).logits, **tiny.CLOSE)
