@@ -1,19 +1,26 @@
 """The `shortv` command."""
 
+import os
 import signal
 import sys
-from importlib import metadata
+import threading
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args
 
 import typer
+
+from shortv_llava.calibrate import Direction, Granularity, Strategy, Tokens
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the package that the output folder holds.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` for the checkpoint's own.")
+]
+AspectRatio = Literal["pad", "base"]
 BaseModel = Annotated[str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)]
 License = Annotated[
     str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
@@ -33,7 +40,7 @@ ChatTemplate = Annotated[
     ),
 ]
 ShownAspectRatio = Annotated[
-    str,
+    AspectRatio,
     typer.Option(
         "--image-aspect-ratio",
         help="`pad`: pictures are padded to squares where the base's processor would crop them, as LLaVA-1.5 is tuned "
@@ -82,7 +89,7 @@ def package(
     base_weights: BaseWeights = None,
     chat_template: ChatTemplate = None,
     image_aspect_ratio: Annotated[
-        str,
+        AspectRatio,
         typer.Option(help="`pad`: the package pads pictures to squares as LLaVA-1.5; `base`: it does as its base."),
     ] = "base",
     overwrite: Overwrite = False,
@@ -101,11 +108,22 @@ def package(
 
         shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
     """
-    from shortv_llava.package import BY_HAND, check_output, fetch_checkpoint, parse_layers, write_package
+    from shortv_llava.package import (
+        BY_HAND,
+        check_name,
+        check_output,
+        fetch_checkpoint,
+        parse_layers,
+        write_package,
+    )
+    from shortv_llava.processors import read_template
 
-    _check_aspect_ratio(image_aspect_ratio)
     replaced_layers = parse_layers(layers, base)
+    if chat_template is not None:
+        read_template(chat_template)
+    check_name(base)
     check_output(output, overwrite)
+    _begin(f"loading {base}")
     write_package(
         fetch_checkpoint(base, weights=not no_weights),
         output,
@@ -163,6 +181,8 @@ def push(
     if space and (revision or create_pr):
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
+    _begin(f"loading {folder}", "shortv_llava.push_to_hub")
+
     from shortv_llava.push_to_hub import push as run
     from shortv_llava.push_to_hub import push_space
 
@@ -186,9 +206,21 @@ def push(
         _report(f"spaces/{repo_id}", push_space(repo_id, **options), dry_run, None, collection)
 
 
-def _check_aspect_ratio(value: str) -> None:
-    if value not in ("pad", "base"):
-        raise typer.BadParameter(f"pad or base, not {value!r}", param_hint="--image-aspect-ratio")
+def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
+    if load_in_4bit and load_in_8bit:
+        raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
+
+
+def _begin(what: str, module: str = "shortv_llava.modeling_shortv_llava") -> None:
+    """Import what takes seconds, behind a spinner on standard error; nothing is shown where that is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    spinner = Spinner("dots", f"{what} …")
+    settings = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    with Live(spinner, console=Console(stderr=True), **settings):
+        import_module(module)
 
 
 def _report(name: str, pushed, dry_run: bool, tag: str | None, collection: str | None) -> None:
@@ -217,24 +249,24 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
     held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
     draw: Annotated[
-        str,
+        Literal["random", "first"],
         typer.Option(
             help="`random`: samples are drawn at random, as in the paper; `first`: the first of each source, as in the "
             "release."
         ),
     ] = "random",
-    seed: Annotated[int, typer.Option(help="Of the draw, of random layers and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, of random layers and of the bootstrap.")] = 0,
     tokens: Annotated[
         list[str], typer.Option(help="`visual`, `text` or `all`; several are scored at once, the first chooses.")
     ] = ["visual"],  # noqa: B006
     direction: Annotated[
-        str, typer.Option(help="`release`: KL(variant || model), as published layers were found; `paper`: the reverse.")
+        Direction,
+        typer.Option(help="`release`: KL(variant || model), as published layers were found; `paper`: the reverse."),
     ] = "release",
     strategy: Annotated[
-        str | None,
+        Strategy | None,
         typer.Option(
-            help="`lc`, `corrected-lc` (LC with a correction of the layer), `greedy`, `cosine` or `random`; by default "
-            "`corrected-lc`, or `lc` without correction."
+            help="`corrected-lc` is LC with a correction of the layer; by default that, or `lc` without correction."
         ),
     ] = None,
     layers: Annotated[
@@ -254,7 +286,8 @@ def calibrate(
         typer.Option(min=1, help="Samples to fit them on, from each source, about other pictures than held-out ones."),
     ] = 200,
     granularity: Annotated[
-        str, typer.Option(help="`layer`, `block` (attention and FFN apart), or `auto`: the better of both.")
+        Literal[Granularity, "auto"],
+        typer.Option(help="`block`: attention and FFN apart; `auto`: the better of both."),
     ] = "layer",
     num_layers: Annotated[int | None, typer.Option(help="Layers to replace.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Of the layers to replace; 0.6 if no budget is given.")] = None,
@@ -288,16 +321,12 @@ def calibrate(
         shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
     """
     from dataclasses import replace
-    from typing import get_args
 
-    from accelerate import PartialState
-
-    from shortv_llava.calibrate.contribution import Direction, Tokens
-    from shortv_llava.calibrate.run import Choice
-    from shortv_llava.calibrate.run import calibrate as run
-    from shortv_llava.calibrate.samples import fit_samples, load_samples
+    from shortv_llava.calibrate.samples import check_sources, fit_samples, load_samples
+    from shortv_llava.calibrate.selection import Choice
     from shortv_llava.errors import ShortVError
     from shortv_llava.package import (
+        check_name,
         check_output,
         config_object,
         find_checkpoint,
@@ -308,27 +337,35 @@ def calibrate(
         parse_layers,
         read_config,
     )
-    from shortv_llava.processors import load_processor, pads
+    from shortv_llava.processors import load_processor, pads, read_template
 
     data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
-    for name, values, known in (
-        ("--direction", [direction], get_args(Direction)),
-        ("--tokens", tokens, get_args(Tokens)),
-        ("--draw", [draw], ("random", "first")),
-    ):
-        for value in values:
-            if value not in known:
-                raise typer.BadParameter(f"{' or '.join(known)}, not {value!r}", param_hint=name)
-    _check_aspect_ratio(image_aspect_ratio)
+    for value in tokens:
+        if value not in get_args(Tokens):
+            raise typer.BadParameter(f"{' or '.join(get_args(Tokens))}, not {value!r}", param_hint="--tokens")
+    _check_bits(load_in_4bit, load_in_8bit)
+    given = None if layers is None else tuple(parse_layers(layers, base))
+    budget = num_layers, fraction, flops_ratio, max_divergence
+    rank = 1 if correction_rank is None else correction_rank  # for now: the default is the model's
+    choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
+    choice.check()
+    check_sources(data, images)
+    if chat_template is not None:
+        read_template(chat_template)
+    check_name(base)
     check_output(output, overwrite)
+    _begin(f"loading {base}", "shortv_llava.calibrate.run")
+
+    from accelerate import PartialState
+
+    from shortv_llava.calibrate.run import calibrate as run
+
     folder = find_checkpoint(base, vision_tower, base_weights)
     entries = read_config(folder)
     text_config = config_object(entries).text_config
     rank = min(64, text_config.hidden_size // 8) if correction_rank is None else correction_rank
-    given = None if layers is None else tuple(parse_layers(layers, base))
     package_config(entries, replaced_layers=list(given or ()))  # checks them before the long work
-    budget = num_layers, fraction, flops_ratio, max_divergence
-    choice = Choice(strategy, granularity, *budget, seed, rank or None, given)
+    choice = replace(choice, correction_rank=rank or None)
     choice.check(text_config.num_hidden_layers)
     draw_seed = None if draw == "first" else seed
     drawn = load_samples(data, images, samples + held_out, draw_seed)
@@ -390,9 +427,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     web: Annotated[
         bool,
-        typer.Option("--web", help="A web page instead, with the dense model beside; needs gradio, see the README."),
+        typer.Option("--web", help="A web page instead, with the dense model beside; `pip install gradio` first."),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="As in transformers: `auto`, `cpu`, `cuda:1`.")] = "auto",
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
@@ -410,8 +447,7 @@ def chat(
 
         echo "What is this?" | shortv chat llava-1.5-7b-shortv --image https://llava-vl.github.io/static/images/view.jpg
     """
-    if load_in_4bit and load_in_8bit:
-        raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
+    _check_bits(load_in_4bit, load_in_8bit)
     terminal_only = {
         "--image": image,
         "--system": system,
@@ -423,20 +459,28 @@ def chat(
         if web and given:
             raise typer.BadParameter("is for the terminal; leave it out with --web", param_hint=option)
 
-    from shortv_llava.chat import Conversation, Terminal
     from shortv_llava.errors import ShortVError
     from shortv_llava.images import load_image
-    from shortv_llava.package import load
+    from shortv_llava.package import check_name, load, parse_layers
 
+    check_name(model)
+    if replaced_layers is not None:
+        parse_layers(replaced_layers, model)
     if web:
         if find_spec("gradio") is None:
             raise ShortVError("--web needs gradio: pip install gradio")
+        _begin(f"loading {model}", "shortv_llava.web")
+
         from shortv_llava.web import show
 
         loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
         return show(loaded.model, loaded.processor, Path(model).name, max_new_tokens)
 
     images = [(load_image(source), source) for source in image or ()]
+    _begin(f"loading {model}", "shortv_llava.chat")
+
+    from shortv_llava.chat import Conversation, Terminal
+
     loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
     conversation = Conversation(loaded.model, loaded.processor, system, max_new_tokens, temperature, top_p, seed)
     for picture, source in images:
@@ -475,12 +519,13 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; the task's own, or 128.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     shared_prefix: Annotated[
         bool, typer.Option(help="Prefill a picture once for all questions about it, or for each anew.")
     ] = True,
     image_aspect_ratio: Annotated[
-        str | None, typer.Option(help="As for calibrate; `pad` if not given, but for Q-Bench, as in LLaVA's scripts.")
+        AspectRatio | None,
+        typer.Option(help="As for calibrate; `pad` if not given, but for Q-Bench, as in LLaVA's scripts."),
     ] = None,
     dtype: Dtype = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
@@ -501,19 +546,24 @@ def evaluate(
 
         shortv evaluate llava-1.5-7b-shortv --task gqa --method shortv,fastv:2:0.5,vtw:16 --output results/methods
     """
-    from shortv_llava.evaluation.command import Data, run
-    from shortv_llava.package import leave_processes
+    from shortv_llava.evaluation.command import Data, check, run
+    from shortv_llava.package import check_name, leave_processes, parse_layers
 
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
 
         typer.echo("\n".join(sorted(TASKS)))
         raise typer.Exit
-    if image_aspect_ratio is not None:
-        _check_aspect_ratio(image_aspect_ratio)
+    _check_bits(load_in_4bit, load_in_8bit)
+    if replaced_layers is not None:
+        parse_layers(replaced_layers, model)
+    check_name(model)
+    asked = Data(task, data, questions, images, metric)
+    check(asked, output, compare, sweep, method, card)
+    _begin(f"loading {model}", "shortv_llava.evaluation.run")
     run(
         model,
-        Data(task, data, questions, images, metric),
+        asked,
         output,
         compare=compare,
         sweep=sweep,
@@ -547,6 +597,8 @@ def bench(context: typer.Context) -> None:
 
         shortv bench decoding --help
     """
+    _begin("loading the benchmarks", "shortv_llava.benchmarks.command")
+
     from shortv_llava.benchmarks.command import app as benchmarks
 
     benchmarks(args=context.args, prog_name="shortv bench")
@@ -580,6 +632,11 @@ def demo(
 
         shortv demo
     """
+    from shortv_llava.package import check_output
+
+    check_output(output, overwrite=True)
+    _begin("loading the embedded checkpoint", "shortv_llava.demo")
+
     from shortv_llava.demo import run
 
     run(output)
@@ -588,6 +645,7 @@ def demo(
 def main(*command: str) -> None:
     """Run the command line; every failure a user can cause is one line and exit code 1."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _repeat
     verbose = "--verbose" in sys.argv
     arguments = [*command, *(argument for argument in sys.argv[1:] if argument != "--verbose")]
     try:
@@ -604,9 +662,14 @@ def main(*command: str) -> None:
         if verbose:
             raise
         sys.exit(_fail(str(error).strip() or type(error).__name__))
+    finally:  # what comes while the interpreter ends would be a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(number: signal.Signals, arguments: list[str]) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _fail("interrupted" + "; the same command continues" * (arguments[:1] in (["calibrate"], ["evaluate"])))
     sys.exit(128 + number)
 
@@ -619,8 +682,22 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _repeat(ignored) -> None:
+    """Send a signal again that came where Python ignores exceptions, as in a `__del__`; show others as ever."""
+    number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(ignored.exc_type)
+    if number is None:
+        sys.__unraisablehook__(ignored)
+    else:
+        timer = threading.Timer(0.05, os.kill, [os.getpid(), number])
+        timer.daemon = True
+        timer.start()
+
+
 def _fail(message: str) -> int:
-    typer.echo(f"shortv: error: {' '.join(message.split())}", err=True)
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in " ".join(message.split()))
+    if len(line) > 1000:  # such as the name of a file of 5,000 letters
+        line = f"{line[:500]} … {line[-400:]}"
+    typer.echo(f"shortv: error: {line}", err=True)
     return 1
 
 

@@ -31,6 +31,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
 from shortv_llava.tensors import (
@@ -40,9 +41,7 @@ from shortv_llava.tensors import (
     has_weights,
     open_shard,
     plan_tensors,
-    read_json,
     weight_files,
-    write_json,
     write_weights,
 )
 

@@ -8,9 +8,9 @@ from rich.table import Table
 
 from shortv_llava.benchmarks.models import SHAPES, make_pair
 from shortv_llava.benchmarks.prefill import measure
-from shortv_llava.calibrate.run import Choice, calibrate
+from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
-from shortv_llava.calibrate.selection import number_of_layers
+from shortv_llava.calibrate.selection import Choice, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.flops import flops_ratio
 from shortv_llava.images import open_image

@@ -1,6 +1,10 @@
 """How pictures of results look: readable in a model card, light and dark."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
+
+FLOPS_AXIS = "FLOPs of a prefill, as a share of the unfrozen model's  (cheaper →)"
 
 
 def new_figure():
@@ -11,6 +15,21 @@ def new_figure():
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(7, 4), layout="constrained", facecolor="white")  # white: read on dark pages too
+
+
+def log_with_zero(axes, values: Iterable[float]) -> None:
+    """A logarithmic y axis for these values that has a place for 0, below the decade of the lowest other."""
+    decade = math.floor(math.log10(min((value for value in values if value > 0), default=1.0)))
+    axes.set_yscale("symlog", linthresh=10.0**decade, linscale=1)
+    axes.set_ylim(bottom=0)
+
+
+def as_percent(axes) -> None:
+    """An axis of [`FLOPS_AXIS`], from the dense model on the left to cheaper ones."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.invert_xaxis()
 
 
 def save_figure(figure, axes, path: Path) -> None:

@@ -679,7 +679,8 @@ def _cost_cells(cost: dict | None) -> tuple[str, str, str]:
     if cost is None:
         return "", "", ""
     change = "" if cost["nll_change"] is None else f"{cost['nll_change']:+.4f}"
-    return f"{cost['kl']:.2e} ± {cost['kl_interval']:.0e}", f"{cost['agreement']:.0%}", change
+    interval = "" if cost["kl_interval"] is None else f" ± {cost['kl_interval']:.0e}"  # one sample tells none
+    return f"{cost['kl']:.2e}{interval}", f"{cost['agreement']:.0%}", change
 
 
 def _evaluation(scores: Sequence[Score], data: ModelCardData) -> str:

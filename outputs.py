@@ -32,11 +32,9 @@ def check_folder(output: Path, overwrite: bool, is_package: bool, base: Path | N
         ShortVError: if the folder holds something, unless that is a package and `overwrite` is set, or what an
             interrupted command left; if it is the base, a file, or may not be written.
     """
-    output = resolved(output)
+    output = check_writable(output)
     if base is not None and output == base.resolve():
         raise ShortVError(f"{output}: the output is the base itself; give another folder")
-    if output.exists() and not output.is_dir():
-        raise ShortVError(f"{output}: is a file; give a folder")
     _restore(output)
     held = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if held - {JOURNAL, UNFINISHED} and UNFINISHED not in held:
@@ -44,6 +42,17 @@ def check_folder(output: Path, overwrite: bool, is_package: bool, base: Path | N
             raise ShortVError(f"{output}: holds files that are no package; give a new or empty folder")
         if not overwrite:
             raise ShortVError(f"{output}: holds a package already; give another folder or --overwrite")
+
+
+def check_writable(output: Path) -> Path:
+    """The folder itself, behind symbolic links; its parent is made.
+
+    Raises:
+        ShortVError: if it is a file, cannot be, or may not be written.
+    """
+    output = resolved(output)
+    if output.exists() and not output.is_dir():
+        raise ShortVError(f"{output}: is a file; give a folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,6 +60,7 @@ def check_folder(output: Path, overwrite: bool, is_package: bool, base: Path | N
     written = output if _stays(output) else output.parent
     if not os.access(written, os.W_OK | os.X_OK):
         raise ShortVError(f"{written}: no permission to write; give another folder")
+    return output
 
 
 def resolved(output: Path) -> Path:

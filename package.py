@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
 from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, process_probe, write_processor
 
@@ -141,17 +142,25 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
     return converted
 
 
+def check_name(base: str) -> None:
+    """Raises [`ShortVError`] for what is neither a folder nor, by its form, a Hub id."""
+    if Path(base).is_dir():
+        return
+    repo_id, _ = split_revision(base)
+    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
+        raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
+
+
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     """The local folder of a checkpoint in either layout, as it is; from the Hub without its weights if so wanted.
 
     Raises:
         ShortVError: if there is no such folder, or the Hub does not give it.
     """
+    check_name(base)
     if Path(base).is_dir():
         return Path(base)
     repo_id, revision = split_revision(base)
-    if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
-        raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -252,13 +261,10 @@ def read_config(folder: Path) -> dict:
         ShortVError: if there is none, or it is another model's.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it") from None
-    except (ValueError, OSError) as error:
-        raise ShortVError(f"{path}: cannot be read as JSON ({error})") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not path.is_file():
+        raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it")
+    config = read_json(path)
+    model_type = config.get("model_type")
     supported = [*MODEL_TYPES, *MODEL_TYPES.values()]
     if model_type not in supported:
         known = ", ".join(supported)
@@ -305,7 +311,7 @@ def check_output(output: Path, overwrite: bool, base: Path | None = None) -> Non
     """Refuse, before any work, an output folder that must not or cannot be written, see [`check_folder`]."""
     try:
         is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
-    except ShortVError:
+    except (ShortVError, OSError):  # which is told below
         is_package = False
     check_folder(output, overwrite, is_package, base)
 
@@ -348,7 +354,7 @@ def write_package(
     """
     from shortv_llava.conversion import is_original, must_convert
     from shortv_llava.model_card import base_metadata, read_card, write_card
-    from shortv_llava.tensors import read_json, weight_files, weight_index, write_json
+    from shortv_llava.tensors import weight_files, weight_index
 
     original, converted = is_original(base), must_convert(base)
     if converted and not weights:
@@ -449,7 +455,7 @@ def _check_weights(folder: Path) -> None:
     import torch
 
     from shortv_llava import MODEL_CLASSES
-    from shortv_llava.tensors import read_json, stored_shapes, unpacked_shapes, weight_files, weight_index
+    from shortv_llava.tensors import unpacked_shapes, weight_files
 
     entries = read_config(folder)
     quantisation = entries.pop("quantization_config", None) or {}
@@ -457,11 +463,7 @@ def _check_weights(folder: Path) -> None:
         raise ShortVError(f"{folder}/config.json: quantization_config must be an object")
     config = config_object(entries)
     by_bitsandbytes = quantisation.get("quant_method") == "bitsandbytes"
-    shapes = stored_shapes(weight_files(folder))
-    if index := weight_index(folder):  # transformers 4 believes what it names
-        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
-        if missing:
-            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    shapes = _stored_shapes(folder)
     if by_bitsandbytes:
         shapes = unpacked_shapes(weight_files(folder), shapes)
     # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
@@ -483,6 +485,24 @@ def _check_weights(folder: Path) -> None:
         quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
         info = {kind: set(info[kind]) - parts - quantised for kind in LOADING_FAULTS}
     _check_loading(folder, info)
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors by name, from the headers of its files.
+
+    Raises:
+        ShortVError: if a file that loading reads is missing, damaged or holds something else.
+    """
+    from shortv_llava.tensors import stored_shapes, weight_files, weight_index
+
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    shapes = stored_shapes(weight_files(folder))
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    return shapes
 
 
 def _check_loading(folder: Path, info: dict) -> None:
@@ -598,6 +618,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             ],
         )
     model_type = _own_type(read_config(folder))
+    _stored_shapes(folder)
     model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)

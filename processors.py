@@ -17,6 +17,7 @@ from PIL import Image
 
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 from shortv_llava.prompts import make_prompt, process
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def write_processor(
             shutil.copyfile(path, copy)
     if not (target / "tokenizer_config.json").is_file():
         return None, ["has no tokenizer, so its package has none and takes only token ids"]
+    _check_files(base)
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
     _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
@@ -91,21 +93,24 @@ def write_processor(
             _edit(target / name, lambda settings: _pad(settings, notes))
         elif image_aspect_ratio == "crop" and family in PADDED_FAMILIES:
             _edit(target / name, _crop)
-    template = None if chat_template is None else _read_template(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     if template is not None:
         _write_template(target, template)
     try:
-        processor = _load(target)
+        processor = _load(target, base)
     except ImportError as error:
         if chat_template is None:
             return None, [*notes, f"its processor could not be tried here: {first_line(error)}"]
         raise
     _find_image_token(processor, target, config)
-    problem = problem_of(processor)
+    try:
+        problem = problem_of(processor)
+    except ShortVError as error:
+        raise ShortVError(f"{base}: {error}; copy the files of the base model there") from error
     if problem and template is None:
         for name, candidate in _templates(processor, config):
             _write_template(target, candidate)
-            processor = _load(target)
+            processor = _load(target, base)
             if problem_of(processor) is None:
                 notes.append(f"its chat template: {problem}; it gets {name}, --chat-template gives another")
                 problem = None
@@ -119,10 +124,13 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
     """The processor of a checkpoint or package folder, its files put right, see [`write_processor`].
 
     Raises:
-        ShortVError: if there is none, or it gives no prompt with a picture.
+        ShortVError: if there is none, it gives no prompt with a picture, or no picture that the model takes.
         ImportError: if it needs a library that is missing, as torchvision.
     """
+    from shortv_llava.package import check_pictures, config_object, model_without_weights, read_config
+
     with _put_right(folder, chat_template, image_aspect_ratio) as (_, processor, notes):
+        check_pictures(folder, model_without_weights(folder, config_object(read_config(folder))), processor)
         for note in notes:
             logger.warning(f"{folder}: {note}")
         return processor
@@ -154,7 +162,7 @@ def _put_right(
         shutil.copyfile(folder / "config.json", target / "config.json")
         processor, notes = write_processor(folder, target, config, chat_template, image_aspect_ratio)
         # Without the processor, loading it tells which library is missing.
-        yield target, _load(target) if processor is None else processor, notes
+        yield target, _load(target, folder) if processor is None else processor, notes
 
 
 def pads(processor) -> bool:
@@ -202,7 +210,20 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def _load(folder: Path):
+def _check_files(folder: Path) -> None:
+    for path in files_like(folder, PROCESSOR_PATTERNS):
+        if path.suffix == ".json":
+            read_json(path)
+    for kind, names in (
+        ("tokenizer", ("tokenizer.json", "*.model", "vocab.json")),
+        ("image processor", ("preprocessor_config.json", "processor_config.json")),
+    ):
+        if not files_like(folder, names):
+            raise ShortVError(f"{folder}: has no {kind} ({' or '.join(names)}); copy the files of the base model there")
+
+
+def _load(folder: Path, source: Path):
+    """The processor in a folder whose files come from `source`."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import is_torchvision_available
 
@@ -217,13 +238,14 @@ def _load(folder: Path):
     except Exception as error:  # broken files fail in ways that differ by version
         if (folder / "video_preprocessor_config.json").is_file() and not is_torchvision_available():
             raise ImportError("it needs torchvision: pip install torchvision") from error  # so only said by some
-        raise ShortVError(f"its processor cannot be loaded ({first_line(error)})") from error
+        reason = first_line(error).replace(str(folder), str(source)).split(". ")[0]
+        raise ShortVError(
+            f"{source}: its processor cannot be loaded ({reason}); copy the files of the base model there"
+        ) from error
 
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
     """Change the JSON object in a file; one that is empty stays unwritten."""
-    from shortv_llava.tensors import read_json, write_json
-
     before = read_json(path) if path.is_file() else {}
     after = json.loads(json.dumps(before))
     change(after)
@@ -315,10 +337,12 @@ def _templates(processor, config) -> list[tuple[str, str]]:
     return found + ([(f"LLaVA's {name}", FORMATS[name].replace("<image>", processor.image_token))] if name else [])
 
 
-def _read_template(spec: str) -> str:
-    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`."""
-    from shortv_llava.tensors import read_json
+def read_template(spec: str) -> str:
+    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`.
 
+    Raises:
+        ShortVError: if there is none.
+    """
     if spec in FORMATS:
         return FORMATS[spec]
     path = Path(spec)

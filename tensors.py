@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.json_files import read_json, write_json
 
 SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
@@ -52,20 +53,6 @@ class PlannedTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     update: LowRankUpdate | None = None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ShortVError(f"{path}: holds no JSON object")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # Reading

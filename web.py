@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
-from shortv_llava.images import check_sides
+from shortv_llava.images import open_image
 from shortv_llava.prompts import chat_system
 
 SHORTV, DENSE = "ShortV", "Dense model"
@@ -42,7 +42,7 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
         model's.
 
     Raises:
-        gr.Error: if the conversation leaves no room in the model's context.
+        ShortVError: if the conversation leaves no room in the model's context.
     """
     if system := chat_system(processor):
         messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
@@ -52,8 +52,7 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
     length = inputs["input_ids"].shape[1]
     room = model.config.text_config.max_position_embeddings - length
     if room < 1:
-        message = f"{length} tokens are too many for the model's context; start a new conversation."
-        raise gr.Error(message, print_exception=False)
+        raise ShortVError(f"{length} tokens are too many for the model's context; start a new conversation.")
     visual_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     ratio = flops_ratio(model.config, length - visual_tokens, visual_tokens)
     ends = model.generation_config.eos_token_id
@@ -87,35 +86,41 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
         blocks = ([layer for layer in layers if layer not in replaced] for layers in (attention, ffn))
         model.set_replaced_layers(*((replaced, *blocks) if side == SHORTV else ()))
 
-    def ask(picture, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
-        """Both answers, growing. `chats` holds each side's conversation as chat templates take it, text last."""
+    def ask(picture: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
+        """Both answers, growing, or under them why there is none; nothing where nothing was asked."""
         if not question.strip():
-            raise gr.Error("Ask something first.", print_exception=False)
+            return
+        try:
+            yield from answers(picture, question.strip(), number, compare, chats)
+        except ShortVError as error:
+            yield {figure[SHORTV]: str(error)}
+
+    def answers(file: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
+        """`chats` holds each side's conversation as chat templates take it, text last."""
         if processor.image_token in question:
-            raise gr.Error(f"Leave {processor.image_token} out of the question.", print_exception=False)
-        if picture is not None:
-            try:
-                check_sides(picture, "The picture")
-            except ShortVError as error:
-                raise gr.Error(str(error), print_exception=False) from error
-        updates = {}
+            raise ShortVError(f"Leave {processor.image_token} out of the question.")
+        picture, updates = None if file is None else open_image(Path(file)), {}
         for side in (SHORTV, DENSE) if compare else (SHORTV,):
-            content = [{"type": "text", "text": question.strip()}]
+            content = [{"type": "text", "text": question}]
             if picture is not None and not chats[side]:
                 content.insert(0, {"type": "image", "image": picture})
             messages = [*chats[side], {"role": "user", "content": content}]
             set_layers(side, number)
+            updates |= {chat[side]: shown(messages), figure[side]: "…"}
+            yield updates
             for text, seconds, ratio in generate(model, processor, messages, max_new_tokens):
                 answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-                shown = [{**message, "content": message["content"][-1]["text"]} for message in (*messages, answer)]
                 figures = (
                     f"First token after **{seconds:.3f} s** · **{ratio:.0%}** of the dense FLOPs · "
                     f"{len(config.replaced_layers)} layers replaced"
                 )
-                updates |= {chat[side]: shown, figure[side]: figures}
+                updates |= {chat[side]: shown([*messages, answer]), figure[side]: figures}
                 yield updates
             chats = {**chats, side: [*messages, answer]}
         yield updates | {conversations: chats, box: ""}
+
+    def shown(messages: list[dict]) -> list[dict]:
+        return [{**message, "content": message["content"][-1]["text"]} for message in messages]
 
     def start_anew() -> list:
         return [{SHORTV: [], DENSE: []}, [], [], "", ""]
@@ -129,7 +134,8 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
         chat, figure = {}, {}
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                picture = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard"], height=280)
+                picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280)
+                picture.preprocess = lambda payload: payload and payload.path  # Gradio's own fails on broken files
                 number = gr.Slider(
                     0,
                     max(1, len(order)),
@@ -155,6 +161,7 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
             [picture, box, number, compare, conversations],
             [conversations, box, *chat.values(), *figure.values()],
             concurrency_limit=1,
+            show_progress="hidden",  # else it covers what is read
         )
         # Both sides must have seen the same turns.
         gr.on(
@@ -164,6 +171,7 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
             [conversations, *chat.values(), *figure.values()],
             api_name="start_anew",
             cancels=asking,
+            show_progress="hidden",
         )
     return page
 

@@ -7,6 +7,7 @@ from shortv_llava.benchmarks import (
     conversion,
     correction_fit,
     decoding,
+    faults,
     prefill,
     shared_prefix,
     turns,
@@ -27,5 +28,6 @@ for module in (
     correction_fit,
     vllm_prefill,
     vllm_load,
+    faults,
 ):
     app.command(module.__name__.split(".")[-1].replace("_", "-"))(module.main)

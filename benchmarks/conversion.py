@@ -13,7 +13,8 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.tensors import PlannedTensor, StoredTensor, write_json, write_shard
+from shortv_llava.json_files import write_json
+from shortv_llava.tensors import PlannedTensor, StoredTensor, write_shard
 
 PROGRAM = """if True:
     import sys, time

@@ -18,6 +18,8 @@ import torch
 
 from shortv_llava.outputs import replacing_file
 
+WARM_UP = 2  # pairs that are not counted
+
 
 class Comparison(NamedTuple):
     """Seconds of both sides (medians), and stock over ours, pair by pair: median and quartiles."""
@@ -36,13 +38,21 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(stock: Callable[[], object], ours: Callable[[], object], pairs: int, device, warm_up=2) -> Comparison:
-    """Time `pairs` runs of each, in random turns."""
+def compare(
+    stock: Callable[[], object],
+    ours: Callable[[], object],
+    pairs: int,
+    device,
+    warm_up: int = WARM_UP,
+    progress: Callable[[], object] = lambda: None,
+) -> Comparison:
+    """Time `pairs` runs of each, in random turns. `progress` is called after every pair, `warm_up` ones included."""
     timed = []
     for number in range(warm_up + pairs):
         times = {}
         for side, work in random.sample([("stock", stock), ("ours", ours)], 2):
             times[side] = seconds(work, device)
+        progress()
         if number >= warm_up:
             timed.append((times["stock"], times["ours"]))
     ratios = [a / b for a, b in timed]

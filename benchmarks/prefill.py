@@ -14,7 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shortv_llava.benchmarks.dropping import dropped
-from shortv_llava.benchmarks.measure import compare, compare_memory, machine, write_json
+from shortv_llava.benchmarks.measure import WARM_UP, compare, compare_memory, machine, write_json
 from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.errors import ShortVError
@@ -61,7 +61,15 @@ def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequen
 
 @torch.no_grad()
 def measure(
-    stock, ours, shape: Shape, variant: Variant, text_tokens: int, batch: int, pairs: int, captured=False
+    stock,
+    ours,
+    shape: Shape,
+    variant: Variant,
+    text_tokens: int,
+    batch: int,
+    pairs: int,
+    captured=False,
+    progress=lambda: None,
 ) -> dict:
     """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
     published shapes are timed with the vision tower as well. If `captured`, both models replay CUDA graphs: then the
@@ -78,23 +86,26 @@ def measure(
     def prefill(model):
         return model(**inputs, use_cache=True, logits_to_keep=1).logits
 
+    def timed(*sides) -> dict:
+        return compare(*sides, pairs, device, progress=progress)._asdict()
+
     sides = functools.partial(prefill, stock), functools.partial(prefill, ours)
     logits = [side() for side in sides]
     row["identical"] = torch.equal(*logits)
     if captured:
         with replayed(stock, inputs) as stock_graph, replayed(ours, inputs) as our_graph:
             torch.testing.assert_close([side() for side in sides], logits)
-            row["to_first_token"] = compare(*sides, pairs, device)._asdict()
-            row["language_model"] = compare(stock_graph.replay, our_graph.replay, pairs, device)._asdict()
+            row["to_first_token"] = timed(*sides)
+            row["language_model"] = timed(stock_graph.replay, our_graph.replay)
         row["peak_bytes"] = None
     else:
         if shape.published:
-            row["to_first_token"] = compare(*sides, pairs, device)._asdict()
+            row["to_first_token"] = timed(*sides)
         features = stock.model.get_image_features(inputs["pixel_values"])
         for model in (stock, ours):
             model.model.get_image_features = lambda *args, **kwargs: features
         try:
-            row["language_model"] = compare(*sides, pairs, device)._asdict()
+            row["language_model"] = timed(*sides)
             row["peak_bytes"] = compare_memory(*sides, device)
         finally:
             for model in (stock, ours):
@@ -206,6 +217,7 @@ def main(
 
     rows, console = [], Console()
     for name in names:
+        console.print(f"{name}: making two models of {shapes[name].num_layers} layers of width {shapes[name].width}")
         for implementation in attention.split(","):
             try:
                 stock, ours = make_pair(shapes[name], device, dtype, implementation, correction_rank)
@@ -218,11 +230,16 @@ def main(
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 title += ", CUDA graphs" * captured + ", fused norms" * fused_norms
                 title += f", corrections of rank {correction_rank}" * (correction_rank > 0)
-                group = []
-                chosen = variants(name, shapes[name], numbers, methods)
-                for label, variant in tqdm(chosen.items(), desc=title, leave=False):
+                group, chosen = [], variants(name, shapes[name], numbers, methods)
+                timings = 2 if captured or shapes[name].published else 1  # with the vision tower, too
+                total = len(chosen) * timings * (pairs + WARM_UP)
+                console.print(f"{title}: {', '.join(chosen)}; {total} pairs of prefills, stock and ours")
+                bar = tqdm(total=total, desc="prefills", unit="pair", leave=False)
+                for label, variant in chosen.items():
                     with dropped(ours, variant.dropping):
-                        found = measure(stock, ours, shapes[name], variant, text_tokens, size, pairs, captured)
+                        found = measure(
+                            stock, ours, shapes[name], variant, text_tokens, size, pairs, captured, progress=bar.update
+                        )
                     labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
                     group.append(
                         labels
@@ -231,6 +248,7 @@ def main(
                     )
                     if output is not None:  # after every line: a later one may run out of memory
                         write_json(output / "prefill.json", rows + group)
+                bar.close()
                 console.print(table(title, group))
                 rows += group
             del stock, ours

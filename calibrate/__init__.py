@@ -1,5 +1,12 @@
 """Layer Contribution (LC) scores and the choice of layers."""
 
+from typing import Literal
+
+Tokens = Literal["visual", "text", "all"]
+Direction = Literal["release", "paper"]
+Granularity = Literal["layer", "block"]
+Strategy = Literal["lc", "corrected-lc", "greedy", "cosine", "random"]
+
 
 def __getattr__(name: str):
     if name == "layer_contribution":  # imported on use, as in the package above

@@ -13,16 +13,12 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Literal
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from shortv_llava.calibrate import Direction, Granularity, Tokens
 from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, Correction, FrozenTokens
-
-Tokens = Literal["visual", "text", "all"]
-Direction = Literal["release", "paper"]
-Granularity = Literal["layer", "block"]
 
 
 def layer_contribution(model, inputs, tokens: Tokens = "visual", direction: Direction = "release") -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.calibrate.contribution import Direction, dense, divergence
+from shortv_llava.calibrate import Direction
+from shortv_llava.calibrate.contribution import dense, divergence
 from shortv_llava.calibrate.correction import Factors, corrected
 from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.package import LAYER_LISTS
@@ -17,7 +18,7 @@ class Cost(NamedTuple):
     """Means over samples."""
 
     kl: float  # divergence of the next-token distributions at the prompt's end, nats
-    kl_interval: float  # half the width of its 95% interval
+    kl_interval: float | None  # half the width of its 95% interval; None of one sample, which tells none
     agreement: float  # share of samples with the dense model's most likely next token
     nll_change: float | None  # of the answer, nats a token; None where no sample has an answer
 
@@ -35,10 +36,10 @@ class CostMeter:
     def __init__(self, model, processor, samples: Sequence[Sample], direction: Direction = "release"):
         self.model, self.direction, self.prompts = model, direction, []
         for sample in samples:
-            prompt = make_inputs(processor, [sample])
+            prompt = make_inputs(processor, [sample], model.config)
             inputs, length = prompt, prompt["input_ids"].shape[1]
             if sample.answer:
-                answered = make_inputs(processor, [sample], answered=True)
+                answered = make_inputs(processor, [sample], model.config, answered=True)
                 if torch.equal(answered["input_ids"][:, :length], prompt["input_ids"]):
                     inputs = answered
             inputs = inputs.to(model.device)
@@ -66,10 +67,10 @@ class CostMeter:
                 agreed.append(bool(now.argmax() == logits.argmax()))
                 if nll is not None:
                     changes.append(nll_now - nll)
-        spread = statistics.stdev(divergences) if len(divergences) > 1 else 0.0
+        several = len(divergences) > 1
         return Cost(
             kl=statistics.mean(divergences),
-            kl_interval=1.96 * spread / math.sqrt(len(divergences)),
+            kl_interval=1.96 * statistics.stdev(divergences) / math.sqrt(len(divergences)) if several else None,
             agreement=statistics.mean(agreed),
             nll_change=statistics.mean(changes) if changes else None,
         )

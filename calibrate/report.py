@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
-from shortv_llava.figures import new_figure, save_figure
+from shortv_llava.figures import FLOPS_AXIS, as_percent, log_with_zero, new_figure, save_figure
 from shortv_llava.package import LAYER_LISTS
 
 
@@ -21,25 +21,32 @@ def _bar(score: float, highest: float) -> str:
 
 
 def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]], shares: Sequence[float]) -> Table:
-    """A row a layer: its LC scores, a bar for the visual one (log scale), what is frozen, and how sure that is.
+    """A row a layer: its LC scores, a bar for the visual one (log scale), what is frozen, and how often that is chosen.
 
     Args:
         scores: LC score of every layer for each set of tokens.
         frozen: the configuration's three lists.
-        shares: of bootstrap resamples that choose each unit.
+        shares: of bootstrap resamples that choose each unit; none where one sample leaves nothing to resample.
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="Layer Contribution", title_justify="left")
     for column in ("layer", *(f"{tokens} LC" for tokens in scores)):
         table.add_column(column, justify="right")
     table.add_column("log scale")
     table.add_column("frozen")
-    table.add_column("sure, %", justify="right", no_wrap=True)
+    if shares:
+        table.add_column("chosen in, %", justify="right", no_wrap=True)
     first = next(iter(scores.values()))
     for layer, score in enumerate(first):
         cells = [f"{values[layer]:.1e}" for values in scores.values()]
         what = ", ".join(LAYER_LISTS[key] for key, layers in frozen.items() if layer in layers)
-        share = " / ".join(f"{100 * share:.0f}" for share in shares[layer :: len(first)])  # attention / FFN, for blocks
-        table.add_row(str(layer), *cells, _bar(score, max(first)), what, share)
+        cells += [_bar(score, max(first)), what]
+        if shares:
+            several = shares[layer :: len(first)]  # attention / FFN, for blocks
+            cells.append(" / ".join(f"{100 * share:.0f}" for share in several))
+        table.add_row(str(layer), *cells)
+    if shares:
+        table.caption = "chosen in: share of resamples (bootstrap) that choose the layer"
+        table.caption_justify = "left"
     return table
 
 
@@ -61,36 +68,54 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
         padding=(0, 1, 0, 0),
         title=f"Cost of {granularity}s frozen together, on samples not used for choosing",
         title_justify="left",
+        caption_justify="left",
     )
-    names = ["frozen", "FLOPs ratio", "KL", "±", "top-1 agreement", "answer NLL change"]
-    for column in names + ["corr. KL", "±", "top-1"] * corrected:
+    kl = "KL" if curve[chosen]["cost"].kl_interval is None else "KL ± 95%"
+    for column in ["frozen", "FLOPs", kl, "top-1", "NLL"] + [f"corrected {kl}", "top-1"] * corrected:
         table.add_column(column, justify="right")
+    table.caption = "top-1: the same next token; NLL: change of the answer's, nats a token"
     for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
         entry = curve[index]
         cells = _cells(entry["cost"])
         if "corrected_cost" in entry:
-            cells += _cells(entry["corrected_cost"])[:3]
+            cells += _cells(entry["corrected_cost"])[:2]
         style = "bold" if index == chosen else None
-        table.add_row(f"{entry['number']}", f"{entry['flops_ratio']:.3f}", *cells, style=style)
+        table.add_row(f"{entry['number']}", f"{entry['flops_ratio']:.1%}", *cells, style=style)
     return table
 
 
 def _cells(cost: Cost) -> tuple[str, ...]:
     change = "" if cost.nll_change is None else f"{cost.nll_change:+.4f}"
-    return f"{cost.kl:.2e}", f"{cost.kl_interval:.0e}", f"{cost.agreement:.0%}", change
+    kl = f"{cost.kl:.2e}" + ("" if cost.kl_interval is None else f" ± {cost.kl_interval:.0e}")
+    return kl, f"{cost.agreement:.0%}", change
 
 
-def draw_scores(path: Path, scores: dict[str, Sequence[float]], frozen: dict[str, list[int]]) -> None:
-    """The paper's Figure 3: LC of every layer for each set of tokens, log scale, the replaced layers marked."""
+def draw_scores(
+    path: Path,
+    scores: dict[str, Sequence[float]],
+    frozen: dict[str, list[int]],
+    intervals: dict[str, Sequence[Sequence[float]]],
+) -> None:
+    """The paper's Figure 3: LC of every layer for each set of tokens, the replaced layers marked.
+
+    Args:
+        intervals: (low, high) of every layer, of those sets of tokens that have them; drawn as bands.
+    """
     figure, axes = new_figure()
     for (name, values), marker in zip(scores.items(), cycle("os^vDP")):
-        axes.plot(range(len(values)), [value or math.nan for value in values], f"-{marker}", label=name, ms=5)
+        [line] = axes.plot(range(len(values)), values, f"-{marker}", label=name, ms=5, clip_on=False)
+        if name in intervals:
+            band = f"{name}, 95% interval"
+            axes.fill_between(range(len(values)), *zip(*intervals[name]), color=line.get_color(), alpha=0.25, lw=0,
+                              label=band)  # fmt: skip
     visual = next(iter(scores.values()))
     for (key, name), color in zip(LAYER_LISTS.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
         for index, layer in enumerate(frozen[key]):
             label = f"{name} frozen" if index == 0 else None
             axes.axvspan(layer - 0.5, layer + 0.5, color=color, lw=0, zorder=0, label=label)
-    axes.set(yscale="log", xlabel="layer", ylabel="Layer Contribution (KL, nats)", xlim=(-0.5, len(visual) - 0.5))
+    log_with_zero(axes, chain.from_iterable(scores.values()))
+    axes.set(xlabel="layer of the language model", ylabel="Layer Contribution (KL divergence, nats)")
+    axes.set(xlim=(-0.5, len(visual) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, axes, path)
 
@@ -103,13 +128,16 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
         taken: the one of them that was chosen.
     """
     figure, axes = new_figure()
+    drawn = []
     for (name, candidate), marker in zip(candidates.items(), "os"):
         for key, label in (("cost", f"{name}s"), ("corrected_cost", f"{name}s, corrected")):
-            known = [entry for entry in candidate.curve if key in entry and entry[key].kl > 0]
-            if known:
-                points = [(entry["flops_ratio"], entry[key].kl) for entry in known]
-                axes.plot(*zip(*points), f"-{marker}" if key == "cost" else f"--{marker}", label=label, ms=4)
+            points = [(entry["flops_ratio"], entry[key].kl) for entry in candidate.curve if key in entry]
+            if points:
+                style = f"-{marker}" if key == "cost" else f"--{marker}"
+                axes.plot(*zip(*points), style, label=label, ms=4, clip_on=False)
+                drawn += [kl for _, kl in points]
     axes.plot([taken.chosen["flops_ratio"]], [taken.cost.kl], "*", color="black", ms=14, label="chosen")
-    axes.set(yscale="log", xlabel="FLOPs of the prefill, of the dense model's", ylabel="KL to the dense model (nats)")
-    axes.invert_xaxis()
+    log_with_zero(axes, drawn)
+    axes.set(xlabel=FLOPS_AXIS, ylabel="KL divergence from the unfrozen model (nats)")
+    as_percent(axes)
     save_figure(figure, axes, path)

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,16 +16,8 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from tqdm import tqdm
 
-from shortv_llava.calibrate import report
-from shortv_llava.calibrate.contribution import (
-    Direction,
-    Granularity,
-    RowBudget,
-    Tokens,
-    contributions,
-    cosine_distance,
-    dense,
-)
+from shortv_llava.calibrate import Direction, Granularity, Tokens, report
+from shortv_llava.calibrate.contribution import RowBudget, contributions, cosine_distance, dense
 from shortv_llava.calibrate.correction import (
     Factors,
     FitSample,
@@ -38,90 +30,12 @@ from shortv_llava.calibrate.correction import (
 from shortv_llava.calibrate.cost import Cost, CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import Sample, make_inputs
-from shortv_llava.calibrate.selection import DEFAULT_FRACTION, Units, bootstrap, number_of_layers
+from shortv_llava.calibrate.selection import Choice, Units, bootstrap
 from shortv_llava.errors import ShortVError
 from shortv_llava.outputs import JOURNAL, only_one
 from shortv_llava.package import LAYER_LISTS, check_output, write_package
-from shortv_llava.prompts import check_length
 
 logger = logging.getLogger(__name__)
-
-STRATEGIES = ("lc", "corrected-lc", "greedy", "cosine", "random")
-GRANULARITIES = ("layer", "block", "auto")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How to choose what is frozen.
-
-    Args:
-        strategy: one of STRATEGIES; by default `corrected-lc`, LC with the layer corrected, or without correction `lc`.
-        granularity: `layer`, `block`, or `auto`: whichever diverges less on held-out samples at the same FLOPs.
-        num_layers, fraction, flops_ratio, max_divergence: the budget; at most one, a fraction of 0.6 by default.
-        seed: of random choices and of the bootstrap.
-        correction_rank: of the corrections; None for none.
-        layers: given layers, in place of a choice.
-    """
-
-    strategy: str | None = None
-    granularity: str = "layer"
-    num_layers: int | None = None
-    fraction: float | None = None
-    flops_ratio: float | None = None
-    max_divergence: float | None = None
-    seed: int = 0
-    correction_rank: int | None = None
-    layers: tuple[int, ...] | None = None
-
-    @property
-    def chosen_by(self) -> str:
-        """The strategy, or `given`."""
-        if self.layers is not None:
-            return "given"
-        return self.strategy or ("corrected-lc" if self.correction_rank else "lc")
-
-    def check(self, num_layers: int) -> None:
-        """Raises ShortVError if the options contradict one another or the model."""
-        for name, value, known in (
-            ("strategy", self.strategy or "lc", STRATEGIES),
-            ("granularity", self.granularity, GRANULARITIES),
-        ):
-            if value not in known:
-                raise ShortVError(f"--{name} must be one of {', '.join(known)}, not {value!r}")
-        budgets = ("num_layers", "fraction", "flops_ratio", "max_divergence")
-        given = [f"--{name.replace('_', '-')}" for name in budgets if getattr(self, name) is not None]
-        if self.layers is not None:
-            given += ["--layers"] + ["--strategy"] * (self.strategy is not None)
-            given += ["--granularity"] * (self.granularity != "layer")
-        if len(given) > 1:
-            raise ShortVError(f"{' and '.join(given)} contradict each other; give one")
-        if self.num_layers is not None and not 0 <= self.num_layers <= num_layers:
-            raise ShortVError(f"--num-layers {self.num_layers}: the model has {num_layers} layers")
-        for name in ("fraction", "flops_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ShortVError(f"--{name.replace('_', '-')} must be from 0 to 1, not {value}")
-        if self.strategy == "corrected-lc" and not self.correction_rank:
-            raise ShortVError("--strategy corrected-lc needs corrections; give --correction-rank")
-        if self.strategy == "cosine" and self.granularity != "layer":
-            raise ShortVError("--strategy cosine compares the states around whole layers; it needs --granularity layer")
-
-    def number(self, units: Units, order: Sequence[int], curve: Sequence[dict]) -> int:
-        """How many units of `order` the budget allows or, for layers counted, their operations amount to.
-
-        Args:
-            curve: the cost of every number, see [`Candidate`].
-        """
-        if self.max_divergence is not None:
-            costs = {entry["number"]: entry.get("corrected_cost", entry["cost"]) for entry in curve}
-            return max(number for number, cost in costs.items() if cost.kl <= self.max_divergence)
-        if self.flops_ratio is not None:
-            return units.reaching(order, self.flops_ratio)
-        layers = self.num_layers
-        if layers is None:
-            fraction = DEFAULT_FRACTION if self.fraction is None else self.fraction
-            layers = number_of_layers(units.num_layers, fraction)
-        return units.reaching(order, units.ratio_of_layers(layers))
 
 
 class Candidate(NamedTuple):
@@ -155,7 +69,7 @@ def calibrate(
     samples: Sequence[Sample],
     held_out: Sequence[Sample],
     output: Path,
-    choice: Choice = Choice(),
+    choice: Choice = Choice(),  # noqa: B008
     settings: dict | None = None,
     tokens: Sequence[Tokens] = ("visual",),
     direction: Direction = "release",
@@ -265,7 +179,8 @@ class Run:
         with dense(self.model):
             self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
             bar = partial(self.progress, name="correction", unit="layer")
-            inputs = (make_inputs(self.processor, [sample]).to(self.model.device) for sample in shared)
+            config, device = self.model.config, self.model.device
+            inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in shared)
             samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(shared))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
 
@@ -328,8 +243,7 @@ class Run:
             for start in range(0, len(missing), count):
                 found = []
                 for key in missing[start + rank : start + rank + 1]:
-                    inputs = make_inputs(self.processor, [keys[key]]).to(self.model.device)
-                    check_length(self.model.config, inputs["input_ids"].shape[1], f"sample {keys[key].id}")
+                    inputs = make_inputs(self.processor, [keys[key]], self.model.config).to(self.model.device)
                     found.append((key, compute(inputs).tolist()))
                 for key, values in gather_object(found) if count > 1 else found:
                     if not np.isfinite(values).all():
@@ -393,19 +307,24 @@ def _write(
             for name, candidate in candidates.items()
         },
     }
-    series, shares = {}, []
+    def by_block(values: dict) -> dict:
+        half = units.num_layers
+        attention = {f"{kind}, attention": both[:half] for kind, both in values.items()}
+        return attention | {f"{kind}, FFN": both[half:] for kind, both in values.items()}
+
+    series, intervals, shares = {}, {}, []
     if scores is not None:
         sets = [*scored_as["tokens"], f"{scored_as['tokens'][0]}, corrected"][: scores.shape[1]]
         means = dict(zip(sets, scores.mean(axis=0).tolist()))
         chooses = scores.shape[1] - 1 if choice.chosen_by == "corrected-lc" else 0
         saved = [units.saved(unit) for unit in range(len(units))]
-        intervals, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
-        details |= {"scores": means, "intervals": intervals.tolist(), "chosen_in": shares.tolist()}
-        series = means
+        details["scores"] = series = means
+        if len(scores) > 1:
+            found, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
+            details |= {"intervals": found.tolist(), "chosen_in": shares.tolist()}
+            intervals = {sets[chooses]: found.tolist()}
         if best == "block":
-            half = units.num_layers
-            series = {f"{kind}, attention": values[:half] for kind, values in means.items()}
-            series |= {f"{kind}, FFN": values[half:] for kind, values in means.items()}
+            series, intervals = by_block(series), by_block(intervals)
     scored = candidates["layer"].scores if "layer" in candidates else None
     lc_scores = None if scored is None else scored[:, 0].mean(axis=0).tolist()
     settings = {"lc_scores": lc_scores, "calibration": summary}
@@ -416,7 +335,7 @@ def _write(
     def write_more(folder: Path) -> None:
         (folder / "calibration.json").write_text(json.dumps(details, indent=1) + "\n")
         if series:
-            report.draw_scores(folder / "lc_scores.png", series, taken.frozen)
+            report.draw_scores(folder / "lc_scores.png", series, taken.frozen, intervals)
             report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
 
     options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more, **card}
@@ -424,7 +343,7 @@ def _write(
 
     console = Console()
     if series:
-        console.print(report.score_table(series, taken.frozen, shares.tolist()))
+        console.print(report.score_table(series, taken.frozen, list(shares)))
     for name, candidate in candidates.items():
         console.print(report.cost_table(name, candidate.curve, candidate.curve.index(candidate.chosen)))
     if len(candidates) > 1:

@@ -11,8 +11,9 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
 from shortv_llava.images import check_sides, open_image
-from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, make_prompt, process
+from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check_length, make_prompt, process
 
+NAMED = ("gqa", "flickr30k", "shapes")
 GQA, FLICKR30K = "lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"
 
 
@@ -23,6 +24,15 @@ class Sample(NamedTuple):
     image: Path | Image.Image
     question: str
     answer: str = ""
+
+
+def check_sources(sources: Sequence[str], images: Path | None) -> None:
+    """Raises [`ShortVError`] for a source of [`load_samples`] that cannot be there."""
+    for source in sources:
+        if source not in NAMED and images is None:
+            raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
+        if source not in NAMED and not Path(source).is_file():
+            raise ShortVError(f"{source}: no such file of questions, and none of {', '.join(NAMED)}")
 
 
 def load_samples(
@@ -38,6 +48,7 @@ def load_samples(
     Raises:
         ShortVError: if a source cannot be read or holds fewer samples.
     """
+    check_sources(sources, images)
     named = {"gqa": gqa_samples, "flickr30k": flickr30k_samples}
     samples = []
     for source in sources:
@@ -45,11 +56,9 @@ def load_samples(
             found = named[source](number, seed)
         elif source == "shapes":
             found = embedded_samples()
-        elif images is None:
-            raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
         else:
             found = question_samples(Path(source), images)
-        name = source if source in (*named, "shapes") else Path(source).name
+        name = source if source in NAMED else Path(source).name
         drawn = draw(found, min(number, len(found)) if at_most else number, seed, name)
         samples += [sample._replace(id=f"{name}/{sample.id}") for sample in drawn]
     return samples
@@ -110,7 +119,14 @@ def flickr30k_samples(number: int, seed: int | None, repository: str = FLICKR30K
 
 def question_samples(path: Path, images: Path) -> list[Sample]:
     """Samples from a file in LLaVA's question format, see [`read_questions`]."""
-    return [Sample(str(q.id), q.images[0], q.text, str(q.reference or "")) for q in read_questions(path, images)]
+    samples = []
+    for question in read_questions(path, images):
+        if not question.images:
+            raise ShortVError(f"{path}: question {question.id!r} is about no picture; leave it out of calibration")
+        answer = question.reference or ""
+        answer = answer if isinstance(answer, str) else answer[0]
+        samples.append(Sample(str(question.id), question.images[0], question.text, answer))
+    return samples
 
 
 def embedded_samples() -> list[Sample]:
@@ -134,14 +150,22 @@ def draw(samples: Sequence[Sample], number: int, seed: int | None, name: str = "
     return shuffled[:number]
 
 
-def make_inputs(processor, samples: Sequence[Sample], answered: bool = False):
-    """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`."""
+def make_inputs(processor, samples: Sequence[Sample], config=None, answered: bool = False):
+    """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`.
+
+    Raises:
+        ShortVError: if a picture cannot be read, or one is longer than the context of the model with this `config`.
+    """
     prompts = [make_prompt(processor, sample.question) for sample in samples]
-    return process(
+    inputs = process(
         processor,
         [f"{prompt} {s.answer}" if answered else prompt for prompt, s in zip(prompts, samples)],
         [_open(sample) for sample in samples],
     )
+    if config is not None:
+        for sample, length in zip(samples, inputs["attention_mask"].sum(dim=1).tolist()):
+            check_length(config, length, f"sample {sample.id}")
+    return inputs
 
 
 def _open(sample: Sample) -> Image.Image:

@@ -6,10 +6,13 @@ for layer i) or an FFN block (unit L + i). A strategy puts units in order of rep
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
-from shortv_llava.calibrate.contribution import Granularity
+from shortv_llava.calibrate import Granularity, Strategy
+from shortv_llava.errors import ShortVError
 from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, prefill_flops
 
 DEFAULT_FRACTION = 0.6  # of the layers are replaced: 19 of 32 and 24 of 40, as published
@@ -103,6 +106,84 @@ class Units:
 
     def order_at_random(self, seed: int) -> list[int]:
         return random.Random(seed).sample(range(len(self)), len(self))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to choose what is frozen.
+
+    Args:
+        strategy: by default `corrected-lc`, LC with the layer corrected, or without correction `lc`.
+        granularity: `layer`, `block`, or `auto`: whichever diverges less on held-out samples at the same FLOPs.
+        num_layers, fraction, flops_ratio, max_divergence: the budget; at most one, a fraction of 0.6 by default.
+        seed: of random choices and of the bootstrap.
+        correction_rank: of the corrections; None for none.
+        layers: given layers, in place of a choice.
+    """
+
+    strategy: Strategy | None = None
+    granularity: str = "layer"
+    num_layers: int | None = None
+    fraction: float | None = None
+    flops_ratio: float | None = None
+    max_divergence: float | None = None
+    seed: int = 0
+    correction_rank: int | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def chosen_by(self) -> str:
+        """The strategy, or `given`."""
+        if self.layers is not None:
+            return "given"
+        return self.strategy or ("corrected-lc" if self.correction_rank else "lc")
+
+    def check(self, num_layers: int | None = None) -> None:
+        """Raises ShortVError if the options contradict one another or, where that is known, the model."""
+        for name, value, known in (
+            ("strategy", self.strategy or "lc", get_args(Strategy)),
+            ("granularity", self.granularity, (*get_args(Granularity), "auto")),
+        ):
+            if value not in known:
+                raise ShortVError(f"--{name} must be one of {', '.join(known)}, not {value!r}")
+        budgets = ("num_layers", "fraction", "flops_ratio", "max_divergence")
+        given = [f"--{name.replace('_', '-')}" for name in budgets if getattr(self, name) is not None]
+        if self.layers is not None:
+            given += ["--layers"] + ["--strategy"] * (self.strategy is not None)
+            given += ["--granularity"] * (self.granularity != "layer")
+        if len(given) > 1:
+            raise ShortVError(f"{' and '.join(given)} contradict each other; give one")
+        if self.num_layers is not None and self.num_layers < 0:
+            raise ShortVError(f"--num-layers must be 0 or more, not {self.num_layers}")
+        if None not in (self.num_layers, num_layers) and self.num_layers > num_layers:
+            raise ShortVError(f"--num-layers {self.num_layers}: the model has {num_layers} layers")
+        if self.max_divergence is not None and not self.max_divergence >= 0:
+            raise ShortVError(f"--max-divergence must be 0 or more, not {self.max_divergence}")
+        for name in ("fraction", "flops_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ShortVError(f"--{name.replace('_', '-')} must be from 0 to 1, not {value}")
+        if self.strategy == "corrected-lc" and not self.correction_rank:
+            raise ShortVError("--strategy corrected-lc needs corrections; give --correction-rank")
+        if self.strategy == "cosine" and self.granularity != "layer":
+            raise ShortVError("--strategy cosine compares the states around whole layers; it needs --granularity layer")
+
+    def number(self, units: Units, order: Sequence[int], curve: Sequence[dict]) -> int:
+        """How many units of `order` the budget allows or, for layers counted, their operations amount to.
+
+        Args:
+            curve: the cost of every number, see [`Candidate`].
+        """
+        if self.max_divergence is not None:
+            costs = {entry["number"]: entry.get("corrected_cost", entry["cost"]) for entry in curve}
+            return max(number for number, cost in costs.items() if cost.kl <= self.max_divergence)
+        if self.flops_ratio is not None:
+            return units.reaching(order, self.flops_ratio)
+        layers = self.num_layers
+        if layers is None:
+            fraction = DEFAULT_FRACTION if self.fraction is None else self.fraction
+            layers = number_of_layers(units.num_layers, fraction)
+        return units.reaching(order, units.ratio_of_layers(layers))
 
 
 def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int, resamples: int = 1000):

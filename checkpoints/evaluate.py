@@ -112,7 +112,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Random choices of layers.")] = 5,
     fraction: Annotated[list[float], typer.Option(help="Of the layers to freeze; several.")] = list(FRACTIONS),  # noqa: B006,B008
 ) -> None:
-    """Print the table of the README."""
+    """Print the table of docs/evidence.md."""
     model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
     asked = shapes.held_out(questions)
     scenes = [scene for scene, _ in shapes.held_out(captions, seed="held-out captions")]

@@ -1,20 +1,16 @@
 """`shortv evaluate`: from options to answers, a table, results.json, a plot and the model card."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import PartialState
-
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation import report
-from shortv_llava.evaluation.answering import Answerer
-from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
-from shortv_llava.evaluation.run import Result, answers_file, choose_variants, evaluate
-from shortv_llava.evaluation.scoring import check_references, headline_name, of_subset
+from shortv_llava.evaluation.scoring import check_metric, check_references, headline_name, of_subset
 from shortv_llava.evaluation.tasks import TASKS, Task
 from shortv_llava.model_card import read_scores, record_score
+from shortv_llava.outputs import check_writable, only_one
 from shortv_llava.package import config_object, load, read_config
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
@@ -32,7 +28,7 @@ class Data(NamedTuple):
     def check(self) -> None:
         """Raises ShortVError if the options contradict one another."""
         if (self.task is None) == (self.questions is None):
-            raise ShortVError("give --task NAME, or --questions FILE.jsonl --images DIR")
+            raise ShortVError("give --task NAME, or --questions FILE.jsonl and its pictures' folder, --images DIR")
         if self.task is not None and self.task not in TASKS:
             raise ShortVError(f"there is no task {self.task!r}; there are {', '.join(sorted(TASKS))}")
         for name, value, partner in (
@@ -42,13 +38,49 @@ class Data(NamedTuple):
         ):
             if value is not None and partner is None:
                 raise ShortVError(f"{name} goes with {'--task' if name == '--data' else '--questions'}")
-        if self.questions is not None and self.images is None:
-            raise ShortVError("--questions needs the folder of the pictures, --images DIR")
+        if self.metric is not None:
+            check_metric(self.metric)
+        for path in (self.folder, self.images):
+            if path is not None and not path.is_dir():
+                raise ShortVError(f"{path}: no such folder")
+        if self.questions is not None and not self.questions.is_file():
+            raise ShortVError(f"{self.questions}: no such file")
 
     def load(self) -> list[Question]:
         if self.task is not None:
             return TASKS[self.task].load(self.folder)
         return read_questions(self.questions, self.images)
+
+
+def check(
+    data: Data,
+    output: Path,
+    compare: bool = False,
+    sweep: str | None = None,
+    method: str | None = None,
+    card: Path | None = None,
+) -> None:
+    """Raises [`ShortVError`] if options, as for [`run`], contradict one another or the disk."""
+    data.check()
+    if sweep is not None:
+        _numbers(sweep)
+    if compare and sweep is not None:
+        raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
+    if method is not None:
+        from shortv_llava.evaluation.methods import parse_methods
+
+        parse_methods(method)
+        if sweep is not None:
+            raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
+    if card is not None:
+        read_config(card)
+        read_scores(card)
+        several = sweep is not None or method is not None
+        if several or (TASKS[data.task].metric if data.task else data.metric) is None:
+            raise ShortVError(
+                "--card tells a score of the package: it needs a metric, and takes no --sweep or --method"
+            )
+    check_writable(output)
 
 
 def run(
@@ -76,23 +108,19 @@ def run(
     Raises:
         ShortVError: if options contradict each other, data or references are missing, or `output` holds other answers.
     """
-    data.check()
+    from accelerate import PartialState
+
+    from shortv_llava.evaluation import report
+    from shortv_llava.evaluation.answering import Answerer
+    from shortv_llava.evaluation.methods import parse_methods
+    from shortv_llava.evaluation.run import choose_variants, evaluate
+
+    check(data, output, compare, sweep, method, card)
     numbers = _numbers(sweep) if sweep is not None else []
-    if compare and numbers:
-        raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
     methods = parse_methods(method) if method is not None else []
-    if methods and numbers:
-        raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
     task = TASKS.get(data.task)
     metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
     subset = task.subset if task else None
-    if card is not None:
-        packaged = config_object(read_config(card))
-        read_scores(card)  # fails before the long work
-        if metric is None or numbers or methods:
-            raise ShortVError(
-                "--card tells a score of the package: it goes with a metric, not with --sweep or --method"
-            )
     questions = data.load()
     if metric is not None:
         check_references(metric, of_subset(questions, subset))
@@ -102,7 +130,7 @@ def run(
     if loading.get("image_aspect_ratio") is None:
         loading["image_aspect_ratio"] = task.image_aspect_ratio if task else "pad"
     loaded = load(base, **loading)
-    if card is not None and _computed(loaded.model.config) != _computed(packaged):
+    if card is not None and _computed(loaded.model.config) != _computed(config_object(read_config(card))):
         raise ShortVError(f"--card {card}: its layers are not those to be evaluated; leave out --card or the layers")
     variants = choose_variants(loaded.model.config, compare, numbers, methods)
     if max_new_tokens is None:
@@ -113,7 +141,8 @@ def run(
         answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)
     model_id = base if not Path(base).is_dir() else Path(base).resolve().name
-    results = evaluate(answerer, questions, variants, output, model_id, metric, subset, **scoring)
+    with only_one(output) if PartialState().is_main_process else nullcontext():
+        results = evaluate(answerer, questions, variants, output, model_id, metric, subset, **scoring)
     if not PartialState().is_main_process:
         return
 
@@ -122,7 +151,7 @@ def run(
     about = {"model": model_id, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
     note = task.hub_note if task and data.folder is None else None
     report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
-    report.tell(results, f"{name}, {len(questions)} questions", figure, note)
+    report.tell(results, f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}", figure, note)
     if numbers:
         report.draw_sweep(output / "sweep.png", results, f"{name}, {figure}" if figure else name)
     if task:
@@ -139,8 +168,10 @@ def _computed(config) -> tuple:
     return config.frozen_layers(), config.correction_rank, config.corrected_layers
 
 
-def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence[Result], output: Path) -> None:
-    """Write, or name, the files that are scored elsewhere."""
+def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence, output: Path) -> None:
+    """Write, or name, the files of [`Result`]s that are scored elsewhere."""
+    from shortv_llava.evaluation.run import answers_file
+
     for result in results:
         if task.write_upload is not None:
             path = task.write_upload(questions, result.answers, output if len(results) == 1 else output / result.name)
@@ -153,6 +184,9 @@ def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence[
 
 def _numbers(sweep: str) -> list[int]:
     try:
-        return [int(number) for number in sweep.split(",")]
+        numbers = [int(number) for number in sweep.split(",")]
     except ValueError:
-        raise ShortVError(f"--sweep takes numbers of layers, as 8,16,24, not {sweep!r}") from None
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise ShortVError(f"--sweep takes numbers of layers, as 8,16,24, not {sweep!r}")
+    return numbers

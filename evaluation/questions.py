@@ -1,6 +1,6 @@
 """Questions about pictures, as evaluation takes them, and LLaVA's files of them."""
 
-import json
+import codecs
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from PIL import Image
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.images import check_sides, open_image
+from shortv_llava.json_files import parse_json
 
 
 class Question(NamedTuple):
@@ -53,34 +54,48 @@ def open_images(question: Question) -> list[Image.Image]:
     return pictures
 
 
-def read_questions(path: Path, images: Path) -> list[Question]:
-    """LLaVA's question format: a JSON object a line with `question_id`, `image`, `text`, perhaps `answer`.
+def read_questions(path: Path, images: Path | None) -> list[Question]:
+    """LLaVA's question format: a JSON object a line with `question_id`, `text`, perhaps `image` and `answer`.
 
     Raises:
         ShortVError: if a file is missing, a line is no such object, an id comes twice, or an image is not in the folder
             `images`.
     """
-    if not images.is_dir():
+    if images is not None and not images.is_dir():
         raise ShortVError(f"{images}: no such folder of images")
     lines = {}  # of each id
     questions = []
     for number, entry in read_jsonl(path):
         where = f"{path}, line {number}"
-        for key in ("image", "text"):
-            if not isinstance(entry.get(key), str) or not entry[key]:
-                raise ShortVError(f"{where}: needs a text {key!r}")
+        text, image = entry.get("text"), entry.get("image")
+        if not isinstance(text, str) or not text.replace("<image>", "").strip():
+            raise ShortVError(f"{where}: needs a text 'text', the question")
+        if image is not None and (not isinstance(image, str) or not image):
+            raise ShortVError(f"{where}: 'image' must be the name of a file, not {image!r}; leave it out for none")
+        if image is not None and images is None:
+            raise ShortVError(f"{where}: is about image {image!r}; give the folder of the pictures, --images DIR")
         id = entry.get("question_id", number)
         if not isinstance(id, int | str):
             raise ShortVError(f"{where}: question_id must be a number or a text, not {id!r}")
         if str(id) in lines:
             raise ShortVError(f"{where}: question_id {id!r} was used in line {lines[str(id)]} already")
         lines[str(id)] = number
-        image = image_file(images, entry["image"], where)
-        text = entry["text"].replace("<image>", "").strip()
-        questions.append(Question(id, text, (image,), entry["image"], entry.get("answer")))
+        pictures = () if image is None else (image_file(images, image, where),)
+        answer = _answer(entry.get("answer"), where)
+        questions.append(Question(id, text.replace("<image>", "").strip(), pictures, image, answer))
     if not questions:
         raise ShortVError(f"{path}: holds no questions")
     return questions
+
+
+def _answer(value, where: str) -> str | list[str] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list) and value and all(isinstance(each, str | int | float) for each in value):
+        return [str(each) for each in value]
+    raise ShortVError(f"{where}: 'answer' must be a text or several in an array, not {value!r}")
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:
@@ -90,19 +105,18 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
         ShortVError: if the file cannot be read or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().splitlines()
+    except (OSError, ValueError) as error:
         raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     entries = []
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ShortVError(f"{path}, line {number}: is not JSON ({error})") from error
+        where = f"{path}, line {number}"
+        entry = parse_json(line, where)
         if not isinstance(entry, dict):
-            raise ShortVError(f"{path}, line {number}: must be a JSON object")
+            raise ShortVError(f'{where}: must be a JSON object, as {{"question_id": 1, …}}')
         entries.append((number, entry))
     return entries
 
@@ -117,8 +131,13 @@ def image_file(folder: Path, name: str, where: str) -> Path:
         ShortVError: if it lies outside the folder or is missing.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ShortVError(f"{where}: image {name!r} lies outside {folder}")
-    if not path.is_file():
-        raise ShortVError(f"{where}: there is no image {path}")
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no character of file names
+        reason = getattr(error, "strerror", None) or error
+        raise ShortVError(f"{where}: image {name!r} is no usable name ({reason}); correct it") from error
+    if not inside:
+        raise ShortVError(f"{where}: image {name!r} lies outside {folder}; put it there")
+    if not there:
+        raise ShortVError(f"{where}: there is no image {path}; put it there, or leave the line out")
     return path

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.evaluation.answering import Tokens
-from shortv_llava.evaluation.run import DENSE, Result
-from shortv_llava.figures import new_figure, save_figure
+from shortv_llava.evaluation.run import Result
+from shortv_llava.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
 from shortv_llava.model_card import Score
 from shortv_llava.outputs import replacing_file
 
@@ -20,12 +20,13 @@ from shortv_llava.outputs import replacing_file
 def table(results: Sequence[Result], **style) -> Table:
     """A row a variant, in 80 columns. `style` goes to rich's Table."""
     found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **style)
-    rows = [_row(result) for result in results]
+    mark = " [95%]" * (results[0].interval is not None)
+    rows = [_row(result, mark) for result in results]
     prefills = any(result.prefill_seconds for result in results)
-    left_out = {"% of dense, 95%", "speed-up"} if prefills else {"KL"}  # of results.json alone, for want of room
+    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # of results.json alone, for want of room
     for name in rows[0]:
         if any(row[name] for row in rows) and name not in left_out:
-            found.add_column(name, justify="left" if name == "model" else "right")
+            found.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         found.add_row(*(row[str(column.header)] for column in found.columns))
     return found
@@ -47,7 +48,7 @@ def tell(results: Sequence[Result], title: str, figure: str | None, note: str | 
             console.print(f"{figure}: {value:.2f}")
 
 
-def _row(result: Result) -> dict[str, str]:
+def _row(result: Result, mark: str) -> dict[str, str]:
     def text(form: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
         if value is None:
             return ""
@@ -55,10 +56,10 @@ def _row(result: Result) -> dict[str, str]:
 
     return {
         "model": result.name,
-        "FLOPs": f"{result.flops_ratio:.1%}",
+        "FLOPs": f"{result.flops_ratio:.0%}",
         "KL": text("{:.4f}", result.kl),
-        "score, 95%": text("{:.2f}", result.headline, result.interval),
-        "% of dense, 95%": text("{:.1f}", result.retention, result.retention_interval),
+        f"score{mark}": text("{:.2f}", result.headline, result.interval),
+        f"% of dense{mark}": text("{:.1f}", result.retention, result.retention_interval),
         "same": text("{:.1f}%", result.agreement),
         "speed-up": text("{:.2f}x", result.speed_up),
         "prefill": text("{:.4f} s", result.prefill_seconds),
@@ -97,17 +98,20 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
     figure, axes = new_figure()
     ratios = [result.flops_ratio for result in results]
     if results[0].headline is not None:
-        axes.fill_between(ratios, *zip(*(result.interval for result in results)), alpha=0.2, lw=0, label="95%")
+        if results[0].interval is not None:
+            intervals = zip(*(result.interval for result in results))
+            axes.fill_between(ratios, *intervals, alpha=0.2, lw=0, label="95% interval")
         axes.plot(ratios, [result.headline for result in results], "-o", ms=4, label=label)
-        axes.axhline(results[0].headline, color="0.5", ls="--", lw=1, label=DENSE)
+        axes.axhline(results[0].headline, color="0.5", ls="--", lw=1, label="nothing frozen")
     else:
-        axes.plot(ratios, [result.agreement for result in results], "-o", ms=4, label="same answers as dense, %")
+        axes.plot(ratios, [result.agreement for result in results], "-o", ms=4, label=label)
     for result in results[1:]:
         value = result.agreement if result.headline is None else result.headline
         axes.annotate(result.name.removesuffix("-layers"), (result.flops_ratio, value), (0, 5), fontsize=7,
                       textcoords="offset points", ha="center")  # fmt: skip
-    axes.set(xlabel="FLOPs of the prefill, of the dense model's (numbers: layers replaced)", ylabel=label)
-    axes.invert_xaxis()
+    ylabel = f"score: {label}" if results[0].headline is not None else "answers equal to the dense model's (%)"
+    axes.set(xlabel=f"{FLOPS_AXIS}\nnumbers at the points: layers replaced", ylabel=ylabel)
+    as_percent(axes)
     with replacing_file(path) as unfinished:
         save_figure(figure, axes, unfinished)
 

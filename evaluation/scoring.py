@@ -34,6 +34,12 @@ TERMS = {"mme": "tasks", "pope": "categories"}  # the detail by which questions 
 RESAMPLES = 1000
 
 
+def check_metric(name: str) -> None:
+    """Raises [`ShortVError`] if there is no such metric."""
+    if name not in HEADLINES:
+        raise ShortVError(f"there is no metric {name!r}; there are {', '.join(sorted(HEADLINES))}")
+
+
 @cache
 def load_metric(name: str):
     """The metric of a module of `metrics/`.
@@ -41,8 +47,7 @@ def load_metric(name: str):
     Raises:
         ShortVError: if there is no such metric or the library is missing.
     """
-    if name not in HEADLINES:
-        raise ShortVError(f"there is no metric {name!r}; there are {', '.join(sorted(HEADLINES))}")
+    check_metric(name)
     try:
         import evaluate
     except ImportError as error:
@@ -172,11 +177,11 @@ class Intervals(NamedTuple):
     """95 percent intervals, (low, high).
 
     Args:
-        headline: of each variant's [`headline`].
+        headline: of each variant's [`headline`]; None for questions about a single picture, which tell none.
         retention: of its ratio to the first variant's, in percent; None if that is 0 in a resample.
     """
 
-    headline: dict[str, tuple[float, float]]
+    headline: dict[str, tuple[float, float] | None]
     retention: dict[str, tuple[float, float] | None]
 
 
@@ -214,6 +219,9 @@ def bootstrap(
     sums = np.zeros((len(names), *shares.shape[1:]))
     np.add.at(sums, clusters, shares)
 
+    if len(names) == 1:  # nothing to resample
+        unknown = dict.fromkeys(answers_by_variant)
+        return Intervals(unknown, unknown)
     generator = np.random.default_rng(seed)
     flat, drawn = sums.reshape(len(names), -1), []
     for _ in range(resamples):

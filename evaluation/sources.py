@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -233,17 +232,6 @@ def find(root: Path, *names: str) -> Path:
         if (root / name).exists():
             return root / name
     raise ShortVError(f"{root}: {' or '.join(names)} is missing; LLaVA's docs/Evaluation.md says where to get it")
-
-
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        ShortVError: if the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_tsv(path: Path) -> list[dict[str, str | None]]:

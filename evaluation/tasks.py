@@ -23,10 +23,10 @@ from shortv_llava.evaluation.sources import (
     digest,
     find,
     jsonl_questions,
-    read_json,
     read_tsv,
     table_questions,
 )
+from shortv_llava.json_files import read_json
 from shortv_llava.prompts import CHAT_SYSTEM, SHORT_ANSWER_PROMPT, TUNING_SYSTEM
 
 SHORT = f"\n{SHORT_ANSWER_PROMPT}"
@@ -307,7 +307,7 @@ def _scienceqa_folder(root: Path) -> list[Question]:
     problems = read_json(find(root, "scienceqa/problems.json"))
     file = find(root, "scienceqa/llava_test_CQM-A.json")
     questions = []
-    for entry in read_json(file):
+    for entry in read_json(file, list):
         name, images, problem = entry.get("image"), (), problems[entry["id"]]
         if name is not None:
             images = (image_file(find(root, "scienceqa/images/test"), name, f"{file}, question {entry['id']}"),)
@@ -329,7 +329,7 @@ def _mmbench_folder(instruction: str, names: tuple[str, ...], root: Path) -> lis
 def _q_bench_folder(root: Path) -> list[Question]:
     file, folder = find(root, "qbench/llvisionqa_dev.json"), find(root, *Q_BENCH_IMAGES)
     questions = []
-    for entry in read_json(file):
+    for entry in read_json(file, list):
         name = entry["img_path"]
         picture = image_file(folder, name, f"{file}, question {name}")
         reference = ascii_uppercase[entry["candidates"].index(entry["correct_ans"])]

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.journal import Journal
-from shortv_llava.calibrate.run import Choice
 from shortv_llava.calibrate.samples import (
     draw,
     embedded_samples,
@@ -28,7 +27,7 @@ from shortv_llava.calibrate.samples import (
     gqa_samples,
     load_samples,
 )
-from shortv_llava.calibrate.selection import Units, bootstrap, lowest, number_of_layers
+from shortv_llava.calibrate.selection import Choice, Units, bootstrap, lowest, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio

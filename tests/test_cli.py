@@ -178,7 +178,10 @@ class TestBadInput:
         [
             ("{not json", ["line 3", "not JSON"]),
             ('["a"]', ["line 3", "object"]),
-            ('{"text": "What?"}', ["line 3", "image"]),
+            ('{"text": "What?"}', ["about no picture"]),
+            ('{"image": "red.png", "text": "half \\ud800"}', ["line 3", "half a character"]),
+            ('{"image": "a\\u0000b", "text": "What?"}', ["line 3", "no usable name", "correct it"]),
+            ('{"a":' * 99999, ["line 3", "nested too deeply"]),
             ('{"image": "none.png", "text": "What?"}', ["line 3", "none.png"]),
             ('{"image": "../outside.png", "text": "What?"}', ["line 3", "outside"]),
             ('{"image": "/etc/passwd", "text": "What?"}', ["line 3", "outside"]),

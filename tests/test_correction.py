@@ -55,8 +55,9 @@ from shortv_llava.calibrate.correction import (
     set_corrections,
     unpacked,
 )
-from shortv_llava.calibrate.run import Choice, calibrate
+from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
+from shortv_llava.calibrate.selection import Choice
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio, image_tokens, prefill_flops

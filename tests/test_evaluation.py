@@ -309,7 +309,12 @@ class TestQuestionFiles:
     @pytest.mark.parametrize(
         "entry, words",
         [
-            ({"text": "What?"}, "needs a text 'image'"),
+            ({"image": 3, "text": "What?"}, "'image' must be the name of a file, not 3"),
+            ({"image": "0.png", "text": "<image>"}, "needs a text 'text'"),
+            ({"image": "x" * 5000, "text": "What?"}, "line 2: image 'x+' is no usable name .*; correct it"),
+            ({"image": "loop.png", "text": "What?"}, "line 2: image 'loop.png' is no usable name .*; correct it"),
+            ({"image": "0.png", "text": "What?", "answer": {}}, "line 2: 'answer' must be a text or several"),
+            ({"image": "0.png", "text": "\ud800"}, r"line 2: holds \\ud800, half a character"),
             ({"image": "0.png"}, "needs a text 'text'"),
             ({"question_id": 1, "image": "0.png", "text": "What?"}, "line 2: question_id 1 was used in line 1"),
             ({"question_id": "1", "image": "0.png", "text": "What?"}, "question_id '1' was used in line 1"),
@@ -322,6 +327,7 @@ class TestQuestionFiles:
     def test_bad_lines(self, tmp_path, entry, words):
         (tmp_path / "images").mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / "images" / "0.png")
+        (tmp_path / "images" / "loop.png").symlink_to("loop.png")
         good = {"question_id": 1, "image": "0.png", "text": "<image>\nWhat?", "answer": "it"}
         path = tmp_path / "questions.jsonl"
         path.write_text(json.dumps(good) + "\n")
@@ -329,6 +335,16 @@ class TestQuestionFiles:
         path.write_text(json.dumps(good) + "\n" + json.dumps(entry) + "\n")
         with pytest.raises(ShortVError, match=words):
             read_questions(path, tmp_path / "images")
+
+    def test_questions_about_no_picture(self, embedded, tmp_path):
+        path = tmp_path / "questions.jsonl"
+        path.write_bytes(b'\xef\xbb\xbf{"text": "What is a star?", "answer": 5}\r\n')
+        [question] = read_questions(path, None)
+        assert question == Question(1, "What is a star?", reference="5")
+        assert len(Answerer(*embedded, max_new_tokens=2).answer([question]).answers) == 1
+        path.write_text('{"image": "0.png", "text": "What?"}')
+        with pytest.raises(ShortVError, match="line 1: is about image '0.png'; give .* --images DIR"):
+            read_questions(path, None)
 
 
 def command(folder, *options, launch=(sys.executable, "-m", "shortv_llava.cli", "evaluate")) -> list[str]:
@@ -480,11 +496,15 @@ def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
         ({"task": "nothing"}, {}, "there is no task 'nothing'; there are gqa"),
         ({}, {}, "give --task NAME, or --questions"),
         ({"task": "gqa", "metric": "gqa"}, {}, "--metric goes with --questions"),
-        ({"questions": Path("q.jsonl")}, {}, "--images DIR"),
+        ({"questions": Path("q.jsonl")}, {}, "q.jsonl: no such file"),
+        ({"questions": Path(__file__), "images": Path("nowhere")}, {}, "nowhere: no such folder"),
+        ({"questions": Path(__file__), "metric": "none"}, {}, "there is no metric 'none'"),
+        ({"task": "gqa"}, {"sweep": "-1"}, "--sweep takes numbers of layers"),
+        ({"task": "gqa"}, {"output": Path(__file__)}, "is a file; give a folder"),
         ({"task": "gqa"}, {"compare": True, "sweep": "3"}, "--compare and --sweep: give one"),
         ({"task": "gqa"}, {"method": "vtw:2", "sweep": "3"}, "--method and --sweep: give one"),
         ({"task": "gqa"}, {"method": "vtw"}, "'vtw' is none of shortv, fastv:K:R"),
-        ({"task": "gqa"}, {"method": "vtw:2", "card": CHECKPOINT}, "not with --sweep or --method"),
+        ({"task": "gqa"}, {"method": "vtw:2", "card": CHECKPOINT}, "takes no --sweep or --method"),
         ({"task": "gqa"}, {"sweep": "few"}, "--sweep takes numbers of layers"),
         ({"task": "gqa"}, {"card": Path("nowhere")}, "nowhere: no checkpoint"),
         ({"task": "vqav2"}, {"card": CHECKPOINT}, "--card tells a score"),
@@ -494,5 +514,5 @@ def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
 def test_contradictions_come_before_any_work(tmp_path, data, options, words):
     given = Data(**dict.fromkeys(Data._fields) | data)
     with pytest.raises(ShortVError, match=words):
-        evaluate_command.run("no/model", given, tmp_path / "out", **options)
+        evaluate_command.run("no/model", given, **{"output": tmp_path / "out"} | options)
     assert not (tmp_path / "out").exists()

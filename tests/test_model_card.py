@@ -308,6 +308,7 @@ def test_the_package_of_a_package_has_the_same_base(tmp_path):
     assert read_card(tmp_path / "two" / "README.md").data.base_model == "org/base"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_snippets_run_as_printed(tmp_path, number):
     """But for the picture, whose address no test may reach, and a question that the small model knows the words of."""

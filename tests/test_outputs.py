@@ -192,6 +192,26 @@ cli.main()
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_where_python_ignores_it_comes_again(number):
+    script = """
+import os, signal, sys
+from shortv_llava import cli, package
+number = int(sys.argv.pop())
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+def fetch(*args, **kwargs):
+    Dying()
+    signal.pause()
+package.check_name = fetch
+cli.main()
+"""
+    arguments = ["package", "some/model", "--layers", "1", "--output", "out", str(int(number))]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (128 + number, "shortv: error: interrupted")
+
+
 def test_an_unfinished_calibration_is_no_obstacle(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / JOURNAL).write_text("")

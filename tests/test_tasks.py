@@ -765,11 +765,11 @@ def test_pictures_outside_the_folder(name, file, load, tmp_path):
     "name, path, content, message",
     [
         ("gqa", "gqa/data/testdev_balanced_questions.json", "{}", r"not laid out as expected \(KeyError: '1'\)"),
-        ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_balanced_questions.json: cannot be read"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_balanced_questions.json: is not JSON"),
         ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "", "there are no questions"),
         ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "{}\n", "not laid out as expected"),
         ("pope", "pope/coco/coco_pope_random.json", "", "question 3 has no label for 1.jpg"),
-        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "[]", "not laid out as expected"),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "[]", "TextVQA_0.5.1_val.json: holds no JSON object"),
         ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\n0\n", "not laid out as expected"),
         ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "", "cannot be read"),
         ("scienceqa", "scienceqa/problems.json", "{}", "not laid out as expected"),

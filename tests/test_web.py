@@ -122,14 +122,59 @@ def test_without_a_picture_nothing_is_frozen(visitor):
     assert chat == dense_chat and "**100%**" in figures
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def asked(gradio_client, model_and_processor):
+    """A function that gives all that the page shows after a question."""
+    from shortv_llava.web import DENSE, SHORTV, build
+
+    image_data = pytest.importorskip("gradio").data_classes.ImageData
+    page = build(*model_and_processor, "x", 2)
+    ask = next(fn.fn for fn in page.fns.values() if fn.api_name == "ask")
+    preprocess = next(block for block in page.blocks.values() if block.get_block_name() == "image").preprocess
+    chats = {SHORTV: [], DENSE: []}
+
+    def ask_page(question, file=IMAGE):
+        picture = preprocess(image_data(path=str(file))) if file else None
+        return [list(update.values()) for update in ask(picture, question, 3, True, chats)]
+
+    return ask_page
+
+
+def test_an_empty_question_does_nothing(asked):
+    assert asked(" \n ") == []
+
+
+@pytest.mark.parametrize("question, words", [("<image> and?", "<image>"), ("word " * 3000, "new conversation")])
+def test_questions_that_cannot_be_answered_say_why_under_the_answers(asked, question, words):
+    assert words in asked(question)[-1][-1]
+
+
 @pytest.mark.parametrize(
-    "question, words", [(" ", "Ask something"), ("<image> and?", "<image>"), ("word " * 3000, "new conversation")]
+    "data, words",
+    [
+        (b"no picture", "no image of a known format"),
+        (IMAGE.read_bytes()[:300], "broken image"),
+        (None, "no such image"),
+        ((8000, 1), "too narrow"),
+    ],
 )
-def test_questions_that_cannot_be_answered(gradio_client, visitor, question, words):
-    with pytest.raises(gradio_client.exceptions.AppError, match=words):
-        visitor.ask(question)
-    assert len(visitor.ask(QUESTION)[0][0]) == 2
+def test_broken_pictures_say_why_under_the_answers(asked, tmp_path, data, words):
+    path = tmp_path / "a.png"
+    if isinstance(data, tuple):
+        Image.new("RGB", data).save(path)
+    elif data is not None:
+        path.write_bytes(data)
+    [[message]] = asked(QUESTION, path)
+    assert "a.png" in message and words in message
+
+
+def test_the_question_is_shown_at_once_and_nothing_covers_the_answers(asked, model_and_processor):
+    from shortv_llava.web import build
+
+    shown, figures = asked(QUESTION)[0]
+    assert shown == [{"role": "user", "content": QUESTION}] and figures == "…"
+    functions = {fn.api_name: fn.show_progress for fn in build(*model_and_processor, "x", 2).fns.values()}
+    assert functions["ask"] == functions["start_anew"] == "hidden"
 
 
 @pytest.mark.parametrize(
@@ -154,9 +199,9 @@ def test_frozen_blocks_stay_beside_the_slider(gradio_client, model_and_processor
     model, processor = model_and_processor
     model.set_replaced_layers([11, 3], ffn=[5, 6])
     ask = next(fn.fn for fn in build(model, processor, "x", 2).fns.values() if fn.api_name == "ask")
-    for _ in ask(Image.open(IMAGE), QUESTION, 1, False, {SHORTV: [], DENSE: []}):
+    for _ in ask(str(IMAGE), QUESTION, 1, False, {SHORTV: [], DENSE: []}):
         assert model.config.frozen_layers() == ({11}, {11, 5, 6})
-    for _ in ask(Image.open(IMAGE), QUESTION, 1, True, {SHORTV: [], DENSE: []}):
+    for _ in ask(str(IMAGE), QUESTION, 1, True, {SHORTV: [], DENSE: []}):
         pass
     assert model.config.frozen_layers() == (set(), set())
 

@@ -20,7 +20,8 @@ from transformers import LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.calibrate.contribution import Granularity, Tokens, cosine_distance
+from shortv_llava.calibrate import Granularity, Tokens
+from shortv_llava.calibrate.contribution import cosine_distance
 from shortv_llava.calibrate.correction import (
     Factors,
     FitSample,

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.calibrate.contribution import Granularity, Tokens, contributions, divergence
+from shortv_llava.calibrate import Granularity, Tokens
+from shortv_llava.calibrate.contribution import contributions, divergence
 from shortv_llava.calibrate.samples import Sample
 from shortv_llava.checkpoints.shapes import Question
 from shortv_llava.examples.smol_llava import scenes

@@ -1,0 +1,291 @@
+"""Faults on purpose: commands killed at random moments, impossible outputs, broken pictures, files and weights.
+
+Every trial is a command in a process of its own, forked from one that has imported everything, on the embedded
+checkpoint. What is counted: results lost (other than those of an undisturbed run), half-written folders and leftovers,
+tracebacks.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from shortv_llava import cli
+from shortv_llava.checkpoints import CHECKPOINT
+
+IMAGES = CHECKPOINT.parent / "samples" / "images"
+SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+TIMES = ("measured.jsonl", "results.json")  # hold seconds, which differ from run to run
+QUESTION = {"question_id": 1, "image": "000.png", "text": "What is it?", "answer": "a"}
+MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "config.json")
+DAMAGE = {
+    "deleted": None,
+    "cut": lambda data: data[: len(data) // 2],
+    "nested": lambda data: b'{"a":' * 100_000,
+    "array": lambda data: b"[1]",
+    "half a character": lambda data: b'{"a": "\\ud800"}',
+    "not UTF-8": lambda data: b'{"a": "\xe9"}',
+    "a web page": lambda data: b"<!DOCTYPE html>",
+}
+LINES = {
+    "NUL": json.dumps(QUESTION | {"image": "a\0b"}),
+    "long name": json.dumps(QUESTION | {"image": "x" * 5000}),
+    "link to itself": json.dumps(QUESTION | {"image": "loop.png"}),
+    "outside": json.dumps(QUESTION | {"image": "/etc/passwd"}),
+    "nested": '{"a":' * 100_000,
+    "half a character": json.dumps(QUESTION | {"text": "\ud800"}),
+    "too long": json.dumps(QUESTION | {"text": "word " * 3000}),
+    "array": "[1, 2]",
+    "cut": json.dumps(QUESTION)[:-5],
+    "large number": json.dumps(QUESTION)[:-1] + f', "n": {"9" * 5000}}}',
+    "no answer": json.dumps({key: QUESTION[key] for key in ("image", "text")}),
+}
+
+
+@dataclass
+class Count:
+    """Of one kind of fault; `notes` tell of those that went wrong."""
+
+    kind: str
+    tried: int = 0
+    lost: int = 0
+    half_written: int = 0
+    tracebacks: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, what: str, log: str, lost: bool = False, half_written: bool = False) -> None:
+        traceback = "Traceback" in log
+        self.tried, self.lost = self.tried + 1, self.lost + lost
+        self.half_written, self.tracebacks = self.half_written + half_written, self.tracebacks + traceback
+        if lost or half_written or traceback:
+            told = log[log.index("Traceback") :][:1500] if traceback else log.strip()[-300:]
+            self.notes.append(f"{self.kind}, {what}: {told}")
+
+
+class Command:
+    """A `shortv` command in a process that was forked with all libraries imported."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"shortv_llava.{name}" for name in ("calibrate.run", "evaluation.run", "chat")])
+
+    def __init__(self, *arguments, folder: Path = Path()):
+        _, name = tempfile.mkstemp()
+        self.log = Path(name)
+        self.process = self.context.Process(target=_run, args=([*map(str, arguments)], self.log, folder))
+        self.process.start()
+
+    def end(self) -> tuple[int, str]:
+        """The exit code and what was written to the screen, when it has ended."""
+        self.process.join()
+        text = self.log.read_text(errors="replace")
+        self.log.unlink()
+        return self.process.exitcode, text
+
+
+def _run(arguments: list[str], log: Path, folder: Path) -> None:
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.argv = ["shortv"]
+    cli.main(*arguments)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder by name, of those that hold seconds only that they are there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): b"" if path.name in TIMES else path.read_bytes() for path in files}
+
+
+def leftovers(output: Path) -> bool:
+    return any(path != output for path in output.parent.iterdir())
+
+
+def commands(work: Path) -> dict[str, list]:
+    """The commands that are killed, without their outputs."""
+    questions = work / "questions.jsonl"
+    lines = (CHECKPOINT.parent / "samples" / "questions.jsonl").read_text().splitlines()
+    questions.write_text("\n".join(lines[:24]) + "\n")
+    few = ("--samples", 3, "--held-out", 2, "--correction-samples", 3, "--dtype", "float32")
+    asked = ("--questions", questions, "--images", IMAGES, "--batch-size", 2, "--dtype", "float32")
+    return {
+        "calibrate": ["calibrate", CHECKPOINT, "--data", "shapes", *few],
+        "package": ["package", CHECKPOINT, "--layers", "1,2"],
+        "evaluate": ["evaluate", CHECKPOINT, *asked, "--replaced-layers", "3", "--compare", "--max-new-tokens", 4],
+    }
+
+
+def kill(work: Path, name: str, arguments: list, number: int, at_end: bool) -> Count:
+    """Kill a command again and again; the same command must then give what an undisturbed one does."""
+    count = Count(f"{name}, killed {'at its end' if at_end else 'at random'}")
+    reference = work / f"{name}-{at_end}" / "out"
+    began = time.monotonic()
+    code, log = Command(*arguments, "--output", reference).end()
+    seconds, expected = time.monotonic() - began, contents(reference)
+    if code != 0:
+        raise RuntimeError(log)
+    for trial in tqdm(range(number), desc=count.kind, leave=False):
+        output = work / f"{name}-{at_end}-{trial}" / "out"
+        output.parent.mkdir()
+        command, sent = Command(*arguments, "--output", output), random.choice(SIGNALS)
+        if at_end:
+            _wait_for_the_end(command, output)
+            time.sleep(0.4 * random.random())
+        else:
+            time.sleep(seconds * random.random())
+        if command.process.is_alive():
+            os.kill(command.process.pid, sent)
+        _, log = command.end()
+        whole = output.is_dir() and contents(output) == expected
+        torn = (output / "config.json").exists() and not whole
+        torn |= sent != signal.SIGKILL and leftovers(output)
+        if not whole:
+            _, again = Command(*arguments, "--output", output).end()
+            log += again
+        lost = contents(output) != expected
+        count.add(f"{sent.name}, trial {trial}", log, lost, torn or leftovers(output))
+        shutil.rmtree(output.parent)
+    return count
+
+
+def _wait_for_the_end(command: Command, output: Path) -> None:
+    while command.process.is_alive() and not any(
+        found for pattern in (".*.shortv-*", "out/answers*") for found in output.parent.glob(pattern)
+    ):
+        time.sleep(0.001)
+
+
+def outputs(work: Path) -> Count:
+    """Outputs that are links or cannot be renamed away, twice each."""
+    count = Count("outputs")
+    for name in ("folder", "link", "dangling link", "working folder"):
+        parent = work / name
+        place = parent / "place"
+        (parent if name in ("folder", "dangling link") else place).mkdir(parents=True)
+        output = parent / "link" if name.endswith("link") else place
+        if output != place:
+            output.symlink_to("place")
+        for again in ((), ("--overwrite",)):
+            given = "." if name == "working folder" else output
+            folder = place if given == "." else work
+            code, log = Command("package", CHECKPOINT, "--layers", 1, *again, "--output", given, folder=folder).end()
+            left = {path.name for path in parent.iterdir()} - {"place", "link"}
+            lost = code != 0 or (output != place and not output.is_symlink())
+            count.add(name, log, lost, bool(left) or not (place / "config.json").exists())
+    return count
+
+
+def broken_pictures(folder: Path) -> Iterator[tuple[str, Path]]:
+    for size in ((8000, 1), (1, 8000), (20_000, 3)):
+        path = folder / f"{size[0]} x {size[1]}.png"
+        Image.new("RGB", size).save(path)
+        yield path.name, path
+    whole = (IMAGES / "000.png").read_bytes()
+    for name, data in (("cut", whole[: len(whole) // 2]), ("text", b"no picture"), ("empty", b"")):
+        (folder / name).write_bytes(data)
+        yield name, folder / name
+    yield "folder", folder
+    yield "missing", folder / "none.png"
+
+
+def refused(count: Count, what: str, output: Path, *arguments) -> None:
+    """Count a command that must fail with exit code 1 and leave its output folder without results."""
+    code, log = Command(*arguments, "--output", output).end()
+    results = output.is_dir() and any(path.name in ("config.json", "results.json") for path in output.iterdir())
+    count.add(what, log, code != 1 or "shortv: error:" not in log, results)
+    shutil.rmtree(output, ignore_errors=True)
+
+
+def pictures_and_lines(work: Path) -> Iterator[Count]:
+    """Broken pictures and lines of question files, given to `evaluate`, a good line before them."""
+    folder, asked = work / "images", work / "asked.jsonl"
+    folder.mkdir()
+    shutil.copyfile(IMAGES / "000.png", folder / "000.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    evaluate = ("evaluate", CHECKPOINT, "--questions", asked, "--images", folder, "--metric", "gqa")
+    pictures = {name: json.dumps(QUESTION | {"image": path.name}) for name, path in broken_pictures(folder)}
+    for count, lines in ((Count("pictures"), pictures), (Count("lines of questions"), LINES)):
+        for what, line in lines.items():
+            asked.write_text(json.dumps(QUESTION | {"question_id": 0}) + "\n" + line + "\n")
+            refused(count, what, work / "answers", *evaluate, "--max-new-tokens", 1)
+        yield count
+
+
+def damaged(work: Path, kind: str, damage: Iterator[tuple[str, str, Callable | None]]) -> Count:
+    """Checkpoints with one damaged file, packaged: refused, or the package is whole."""
+    count, base, output = Count(kind), work / "base", work / "made"
+    for what, name, change in damage:
+        shutil.copytree(CHECKPOINT, base)
+        data = (base / name).read_bytes()
+        (base / name).unlink()
+        if change is not None:
+            (base / name).write_bytes(change(data))
+        code, log = Command("package", base, "--layers", 1, "--output", output).end()
+        if code == 0 and kind == "weights":  # a name in the header may stay what it was
+            code, more = Command("evaluate", output, "--questions", work / "questions.jsonl", "--images", IMAGES,
+                                 "--max-new-tokens", 1, "--output", work / "answered").end()  # fmt: skip
+            log += more
+        elif code == 1:
+            code = 0 if "shortv: error:" in log else 2
+        count.add(f"{name} {what}", log, code != 0, output.exists() and "error" in log)
+        for folder in (base, output, work / "answered"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return count
+
+
+def tampered(number: int) -> Iterator[tuple[str, str, Callable]]:
+    """Weights cut at random, or with a random byte of the header changed."""
+    for trial in range(number):
+        size = int.from_bytes((CHECKPOINT / "model.safetensors").open("rb").read(8), "little")
+        place, byte = random.randrange(8 + size), random.randrange(256)
+        if trial % 4 == 0:
+            yield "cut", "model.safetensors", lambda data: data[: random.randrange(len(data))]
+        else:
+            yield f"byte {place} is {byte}", "model.safetensors", lambda data, place=place, byte=byte: (
+                data[:place] + bytes([byte]) + data[place + 1 :]
+            )
+
+
+def main(
+    kills: Annotated[int, typer.Option(min=0, help="Of each command at random moments.")] = 50,
+    at_end: Annotated[int, typer.Option(min=0, help="Kills of each command aimed at its end.")] = 20,
+    weights: Annotated[int, typer.Option(min=0, help="Tampered weight files.")] = 40,
+    seed: int = 0,
+) -> None:
+    """Commit faults, and count what is lost, half-written or ends in a traceback.
+
+    Example:
+
+        shortv bench faults --kills 5 --at-end 2 --weights 8
+    """
+    random.seed(seed)
+    counts = []
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        for command, arguments in commands(work).items():
+            counts += [kill(work, command, arguments, kills, False), kill(work, command, arguments, at_end, True)]
+        counts += [outputs(work), *pictures_and_lines(work)]
+        damage = ((what, file, change) for file in MODEL_FILES for what, change in DAMAGE.items())
+        counts += [damaged(work, "files of a model", damage), damaged(work, "weights", tampered(weights))]
+    table = Table("faults", "tried", "lost", "half-written", "tracebacks")
+    for count in counts:
+        table.add_row(count.kind, *map(str, (count.tried, count.lost, count.half_written, count.tracebacks)))
+    console = Console()
+    console.print(table)
+    for note in (note for count in counts for note in count.notes):
+        console.print(note, highlight=False, markup=False)
