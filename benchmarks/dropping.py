@@ -66,7 +66,7 @@ class _Dropper:
     def choose(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.is_prompt:
             return
-        visual = visual_tokens(self.config, self.ids)
+        visual = visual_tokens(self.config, self.ids).to(kwargs["hidden_states"].device)
         left = ~visual
         if self.dropping.share < 1:
             weights = last_row_attention(attention, last_tokens(visual, None), **kwargs)
@@ -87,8 +87,8 @@ class _Dropper:
 
     def _rows(self, states: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) of (B or 1, S, ...)."""
-        states = states.expand(len(self.left), *states.shape[1:])
-        return states[torch.arange(len(self.left), device=states.device)[:, None], self.left]
+        states, left = states.expand(len(self.left), *states.shape[1:]), self.left.to(states.device)
+        return states[torch.arange(len(left), device=states.device)[:, None], left]
 
     def _gather(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What of a layer's keywords is of tokens, of those that are left."""
@@ -96,7 +96,8 @@ class _Dropper:
         mask = kwargs["attention_mask"]
         if mask is not None:
             rows = self._rows(mask.transpose(1, 2)).transpose(1, 2)  # (B, 1, T, S)
-            given["attention_mask"] = rows.gather(3, self.left[:, None, None].expand(*rows.shape[:3], -1))
+            left = self.left.to(rows.device)[:, None, None]
+            given["attention_mask"] = rows.gather(3, left.expand(*rows.shape[:3], -1))
         if "frozen_tokens" in kwargs:
             tokens = kwargs["frozen_tokens"]
             of_left = FrozenTokens(self.frozen, tokens.attention_layers, tokens.ffn_layers)

@@ -154,7 +154,8 @@ class _Hiding:
         """Of the attention of the last layer that sees all visual tokens."""
         if self.dropped is None:
             weights = last_row_attention(attention, self.last, **kwargs)
-            self.dropped = self.visual & ~most_attended(weights, self.visual, self.dropping)
+            visual = self.visual.to(weights.device)
+            self.dropped = visual & ~most_attended(weights, visual, self.dropping)
 
     def hide(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Of each layer after that."""
@@ -170,9 +171,10 @@ class _Hiding:
         """
         seen = self.past + states.shape[1]
         num_keys = seen if given is None else given.shape[-1]  # of a static cache more than were seen
-        dropped = F.pad(self.dropped.to(states.device), (0, num_keys - self.dropped.shape[1]))
-        query = torch.arange(self.past, seen, device=states.device)[:, None]
-        key = torch.arange(num_keys, device=states.device)
+        device = states.device if given is None else given.device
+        dropped = F.pad(self.dropped.to(device), (0, num_keys - self.dropped.shape[1]))
+        query = torch.arange(self.past, seen, device=device)[:, None]
+        key = torch.arange(num_keys, device=device)
         hidden = dropped[:, None, None] & (query != key)
         if given is None:
             return (key <= query) & ~hidden
@@ -249,7 +251,6 @@ def last_row_attention(
 
 def most_attended(weights: torch.Tensor, visual: torch.Tensor, dropping: Dropping) -> torch.Tensor:
     """Which of each row's visual tokens (B, S) are kept, by their attention (B, S); of equal ones the first."""
-    visual = visual.to(weights.device)
     rank = weights.masked_fill(~visual, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept = torch.tensor([dropping.kept(number) for number in visual.sum(dim=1).tolist()], device=weights.device)
     return visual & (rank < kept[:, None])
