@@ -71,9 +71,8 @@ def _parse_method(given: str) -> Method:
     kind, *numbers = parts[shortv].split(":") if len(parts) > shortv else [None]
     if len(parts) > 1 + shortv or (kind, len(numbers)) not in ((None, 0), ("fastv", 2), ("vtw", 1)):
         raise ShortVError(f"--method: {given!r} is none of {FORMS}")
-    name = given.replace(":", "-")
     if kind is None:
-        return Method(name, shortv, None)
+        return Method(given, shortv, None)
     try:
         layer, share = int(numbers[0]), float(numbers[1]) if kind == "fastv" else 1.0
     except ValueError:
@@ -82,6 +81,7 @@ def _parse_method(given: str) -> Method:
         raise ShortVError(f"--method: K of {given!r} is the first layer with fewer tokens, at least 1")
     if not 0 < share <= 1:
         raise ShortVError(f"--method: R of {given!r} is the share that is dropped, above 0 and at most 1")
+    name = "shortv+" * shortv + f"{kind}-{layer}" + f"-{share:g}" * (kind == "fastv")  # no colons, for files
     return Method(name, shortv, Dropping(layer, share))
 
 

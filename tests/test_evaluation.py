@@ -19,8 +19,8 @@ from rich.console import Console
 from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation import answering, report
 from shortv_llava.evaluation import command as evaluate_command
-from shortv_llava.evaluation import report
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.command import Data
@@ -436,7 +436,7 @@ class TestTasks:
                 given.update(settings)
                 return Answerer(model, processor, **settings)
 
-            monkeypatch.setattr(evaluate_command, "Answerer", answerer)
+            monkeypatch.setattr(answering, "Answerer", answerer)
             data = Data(name, None if hub else tmp_path / "eval", None, None, None)
             loading = {"dtype": "float32", "device_map": "cpu", "replaced_layers": "3"}
             evaluate_command.run(str(CHECKPOINT), data, tmp_path / "out", loading=loading, max_new_tokens=2)
@@ -475,7 +475,7 @@ def test_a_method_that_drops_shares_no_prefix(package_folder, files, tmp_path, m
         assert shared_prefix is shared
         raise Stopped
 
-    monkeypatch.setattr(evaluate_command, "Answerer", answerer)
+    monkeypatch.setattr(answering, "Answerer", answerer)
     given = Data(None, None, Path(files[1]), Path(files[3]), None)
     with pytest.raises(Stopped):
         evaluate_command.run(str(package_folder), given, tmp_path / "out", method=method, shared_prefix=True)

@@ -166,7 +166,7 @@ def test_methods_are_read():
         Method("shortv", True, None),
         Method("fastv-2-0.5", False, Dropping(2, 0.5)),
         Method("vtw-3", False, Dropping(3, 1.0)),
-        Method("shortv+fastv-2-.25", True, Dropping(2, 0.25)),
+        Method("shortv+fastv-2-0.25", True, Dropping(2, 0.25)),
     ]
 
 
