@@ -507,6 +507,13 @@ def evaluate(
     sweep: Annotated[
         str | None, typer.Option(help="Compare numbers of replaced layers, as `8,16,24`, with the dense model.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Ways to save visual tokens, separated by commas: `shortv`, `fastv:K:R`, `vtw:K`, `shortv+fastv:K:R`, "
+            "`shortv+vtw:K`. Of several, a table with the dense model."
+        ),
+    ] = None,
     card: Annotated[Path | None, typer.Option(help="Package folder whose model card shall tell the results.")] = None,
     replaced_layers: ReplacedLayers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in the model at once.")] = 16,
@@ -537,6 +544,8 @@ def evaluate(
         shortv evaluate llava-1.5-7b-shortv --task pope --sweep 4,8,12,16,19,24,28 --output results/pope
 
         shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
+
+        shortv evaluate llava-1.5-7b-shortv --task gqa --method shortv,fastv:2:0.5,vtw:16 --output results/methods
     """
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
@@ -552,7 +561,7 @@ def evaluate(
             parse_layers(replaced_layers, model)
         check_name(model)
         asked = Data(task, data, questions, images, metric)
-        check(asked, output, compare, sweep, card)
+        check(asked, output, compare, sweep, method, card)
         import shortv_llava.evaluation.run  # noqa: F401, takes seconds
 
     run(
@@ -561,6 +570,7 @@ def evaluate(
         output,
         compare=compare,
         sweep=sweep,
+        method=method,
         card=card,
         loading={
             "replaced_layers": replaced_layers,

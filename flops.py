@@ -4,7 +4,7 @@ A multiply-add counts as two operations. The paper's formulas are for multi-head
 narrower (grouped-query attention), either block of a layer may be frozen alone, and frozen tokens may be corrected.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 TEXT_TOKENS = 64  # of a prompt, in the paper's tables
@@ -42,7 +42,7 @@ def block_flops(text_config, text_tokens: int, visual_tokens: int) -> BlockFlops
 def prefill_flops(
     text_config,
     text_tokens: int,
-    visual_tokens: int,
+    visual_tokens: int | Sequence[int],
     attention_layers: Collection[int] = (),
     ffn_layers: Collection[int] = (),
     corrected_layers: Collection[int] = (),
@@ -51,32 +51,36 @@ def prefill_flops(
     """Operations of all decoder layers for a prompt, with the visual tokens frozen in the blocks given.
 
     A correction of rank r adds 4 v h r where the FFN is frozen, and nothing elsewhere.
+
+    Args:
+        visual_tokens: of the prompt; or for each layer those that it gets, where some are dropped on the way.
     """
-    blocks = block_flops(text_config, text_tokens, visual_tokens)
-    num_layers = text_config.num_hidden_layers
-    frozen_attention, frozen_ffn = len(attention_layers), len(ffn_layers)
-    return (
-        (num_layers - frozen_attention) * blocks.attention
-        + frozen_attention * blocks.frozen_attention
-        + (num_layers - frozen_ffn) * blocks.ffn
-        + frozen_ffn * blocks.frozen_ffn
-        + 4 * visual_tokens * text_config.hidden_size * correction_rank * len({*corrected_layers} & {*ffn_layers})
-    )
+    operations, num_layers = 0, text_config.num_hidden_layers
+    counts = [visual_tokens] * num_layers if isinstance(visual_tokens, int) else visual_tokens
+    for layer, count in enumerate(counts):
+        blocks = block_flops(text_config, text_tokens, count)
+        operations += blocks.frozen_attention if layer in attention_layers else blocks.attention
+        operations += blocks.frozen_ffn if layer in ffn_layers else blocks.ffn
+        if layer in ffn_layers and layer in corrected_layers:
+            operations += 4 * count * text_config.hidden_size * correction_rank
+    return operations
 
 
-def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | None = None) -> float:
+def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Sequence[int] | None = None) -> float:
     """Operations of a ShortV model's prefill over the dense model's, r in the paper; 1 / r bounds the speed-up.
 
     Args:
         config: a ShortV configuration.
-        visual_tokens: of the prompt; those of one full-size image by default.
+        visual_tokens: of the prompt, or for each layer those that it gets, all of them in the first; those of one
+            full-size image by default.
     """
     if visual_tokens is None:
         visual_tokens = image_tokens(config)
-    counts = config.text_config, text_tokens, visual_tokens
+    whole = visual_tokens if isinstance(visual_tokens, int) else visual_tokens[0]
     # A package from before corrections brings a configuration class that knows none.
     correction = getattr(config, "corrected_layers", ()), getattr(config, "correction_rank", 0)
-    return prefill_flops(*counts, *config.frozen_layers(), *correction) / prefill_flops(*counts)
+    operations = prefill_flops(config.text_config, text_tokens, visual_tokens, *config.frozen_layers(), *correction)
+    return operations / prefill_flops(config.text_config, text_tokens, whole)
 
 
 def image_tokens(config) -> int:

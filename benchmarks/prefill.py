@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -12,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.benchmarks.measure import WARM_UP, compare, compare_memory, machine, write_json
 from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.methods import Dropping, Method, check_layers, parse_methods
 from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
 from shortv_llava.outputs import replacing_file
+from shortv_llava.package import PUBLISHED
 
 PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first token
     "llava-1.5-7b": {8: 1.13, 16: 1.23, 19: 1.30, 24: 1.40},
@@ -28,29 +32,56 @@ PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first
 }
 
 
-def variants(name: str, shape: Shape, numbers: list[int] | None) -> dict[str, tuple[list[int], list[int], list[int]]]:
-    """What is frozen, by name: replaced layers, layers with frozen attention, layers with frozen FFN."""
+class Variant(NamedTuple):
+    """What is saved: replaced layers, layers with frozen attention, with frozen FFN; and visual tokens that go."""
+
+    frozen: tuple[list[int], list[int], list[int]]
+    dropping: Dropping | None = None
+
+
+def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequence[Method] = ()) -> dict[str, Variant]:
+    """By name: of `methods` each, with those numbers of replaced layers or the paper's; else of frozen layers alone."""
     everything = shape.num_layers
+    if methods:
+        published = PUBLISHED[shape.published].replaced_layers if shape.published else range(round(0.6 * everything))
+        numbers = numbers or [len(published)]
+        return {
+            method.name + f", N = {number}" * method.shortv: Variant((shape.layers(number), [], []), method.dropping)
+            for method in methods
+            for number in (numbers if method.shortv else [0])
+        }
     if numbers is None:
         numbers = [0, *PAPER.get(name, (round(0.6 * everything), everything))]
-    found = {f"N = {number}": (shape.layers(number), [], []) for number in numbers}
+    found = {f"N = {number}": Variant((shape.layers(number), [], [])) for number in numbers}
     half = shape.layers(everything // 2)
-    found["all FFNs"] = [], [], shape.layers(everything)
-    found["FFNs, half attention"] = half, [], [layer for layer in range(everything) if layer not in half]
+    found["all FFNs"] = Variant(([], [], shape.layers(everything)))
+    found["FFNs, half attention"] = Variant((half, [], [layer for layer in range(everything) if layer not in half]))
     return found
 
 
 @torch.no_grad()
 def measure(
-    stock, ours, shape: Shape, frozen, text_tokens: int, batch: int, pairs: int, captured=False, progress=lambda: None
+    stock,
+    ours,
+    shape: Shape,
+    variant: Variant,
+    text_tokens: int,
+    batch: int,
+    pairs: int,
+    captured=False,
+    progress=lambda: None,
 ) -> dict:
     """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
     published shapes are timed with the vision tower as well. If `captured`, both models replay CUDA graphs: then the
     language model's prefill is its graph alone, and the time to first token has what the host does between the graphs.
     """
-    ours.set_replaced_layers(*frozen)
+    ours.set_replaced_layers(*variant.frozen)
     inputs, device = make_inputs(ours, shape, text_tokens, batch), ours.device
-    row = {"replaced_layers": frozen[0], "bound": 1 / flops_ratio(ours.config, text_tokens, shape.visual_tokens)}
+    visual_tokens, dropping = shape.visual_tokens, variant.dropping
+    if dropping is not None:
+        visual_tokens = dropping.visual_tokens(visual_tokens, shape.num_layers)
+    row = {"replaced_layers": variant.frozen[0], "dropping": dropping and dropping._asdict()}
+    row["bound"] = 1 / flops_ratio(ours.config, text_tokens, visual_tokens)
 
     def prefill(model):
         return model(**inputs, use_cache=True, logits_to_keep=1).logits
@@ -84,10 +115,10 @@ def measure(
 
 
 def table(title: str, rows: list[dict]) -> Table:
-    """What was frozen and what that gave, a line for each."""
+    """What was frozen or dropped and what that gave, a line for each."""
     found = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    found.add_column("frozen", no_wrap=True)
-    names = ["stock", "ShortV", "speed-up", "bound", "share", "memory"]
+    found.add_column("method" if any(row["dropping"] for row in rows) else "frozen", no_wrap=True)
+    names = ["stock", "ours", "speed-up", "bound", "share", "memory"]
     with_tower = any("to_first_token" in row for row in rows)
     for name in names + ["with tower", "paper"] * with_tower:
         found.add_column(name, justify="right", no_wrap=True)
@@ -124,7 +155,7 @@ def draw(path: Path, rows: list[dict]) -> None:
         colour = colours[row["model"]]
         inside = "none" if row["cuda_graphs"] else colour
         axes.plot(row["bound"], row["language_model"]["ratio"], "o", color=colour, mfc=inside, ms=5)
-    axes.set(xlabel="bound: dense FLOPs over ShortV's", ylabel="measured speed-up of the prefill")
+    axes.set(xlabel="bound: dense FLOPs over what is left of them", ylabel="measured speed-up of the prefill")
     with replacing_file(path) as unfinished:
         save_figure(figure, axes, unfinished)
 
@@ -135,6 +166,10 @@ def main(
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Numbers of replaced layers, as `8,16,19`; the paper's by default.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="As of `shortv evaluate`: `shortv,fastv:2:0.5,vtw:16`, visual tokens really dropped."),
     ] = None,
     attention: Annotated[str, typer.Option(help="Implementations, as `sdpa,eager`.")] = "sdpa",
     batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
@@ -158,6 +193,8 @@ def main(
         shortv bench prefill
 
         shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --cuda-graphs --output results
+
+        shortv bench prefill --model llava-1.5-7b --method shortv,fastv:2:0.5,vtw:16,shortv+fastv:2:0.5
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     names = model or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
@@ -170,6 +207,11 @@ def main(
     if min(batches) < 1 or any(not 0 <= n <= shapes[name].num_layers for n in numbers or () for name in names):
         raise ShortVError("--batch starts at 1, --layers lie between 0 and the model's number of layers")
 
+    methods = parse_methods(method) if method is not None else []
+    for shape in shapes.values():
+        check_layers(methods, shape.num_layers)
+    if cuda_graphs and any(found.dropping for found in methods):
+        raise ShortVError("--cuda-graphs: which tokens a method drops is only known in the pass; leave one of both out")
     if cuda_graphs and device == "cpu":
         raise ShortVError("--cuda-graphs needs a GPU")
 
@@ -188,15 +230,16 @@ def main(
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 title += ", CUDA graphs" * captured + ", fused norms" * fused_norms
                 title += f", corrections of rank {correction_rank}" * (correction_rank > 0)
-                group, chosen = [], variants(name, shapes[name], numbers)
+                group, chosen = [], variants(name, shapes[name], numbers, methods)
                 timings = 2 if captured or shapes[name].published else 1  # with the vision tower, too
                 total = len(chosen) * timings * (pairs + WARM_UP)
-                console.print(f"{title}: {', '.join(chosen)}; {total} pairs of prefills, stock and ShortV")
+                console.print(f"{title}: {', '.join(chosen)}; {total} pairs of prefills, stock and ours")
                 bar = tqdm(total=total, desc="prefills", unit="pair", leave=False)
-                for label, frozen in chosen.items():
-                    found = measure(
-                        stock, ours, shapes[name], frozen, text_tokens, size, pairs, captured, progress=bar.update
-                    )
+                for label, variant in chosen.items():
+                    with dropped(ours, variant.dropping):
+                        found = measure(
+                            stock, ours, shapes[name], variant, text_tokens, size, pairs, captured, progress=bar.update
+                        )
                     labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
                     group.append(
                         labels

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from shortv_llava.evaluation.questions import Question, open_images
 from shortv_llava.package import cache_name
@@ -28,13 +28,26 @@ class Answered(NamedTuple):
 
     Args:
         answers: without white space around them.
+        logits: of the token after each prompt, (number of answers, vocabulary), float32.
         prompted: tokens of all prompts.
         prefilled: of these, those that went through the model; without shared prefixes all.
     """
 
     answers: list[str]
+    logits: torch.Tensor
     prompted: Tokens
     prefilled: Tokens
+
+
+class _FirstLogits(LogitsProcessor):
+    """Changes nothing and keeps what the first token of a generation is taken by."""
+
+    logits: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.logits is None:
+            self.logits = scores.clone()
+        return scores
 
 
 class Answerer:
@@ -112,15 +125,19 @@ class Answerer:
         """
         torch.manual_seed(self.seed)
         groups = self._groups(batch)
-        prompts = [self._prompt(question) for question in batch]
         if len(groups) < len(batch):
-            return self._answer_groups(batch, prompts, groups)
-        inputs = self._process(prompts, [picture for question in batch for picture in open_images(question)])
+            return self._answer_groups(batch, [self._prompt(question) for question in batch], groups)
+        inputs = self.inputs(batch)
         for question, length in zip(batch, inputs["attention_mask"].sum(dim=1).tolist()):
             check_length(self.model.config, length, f"question {question.id!r}")
         visual = self._num_visual(inputs["input_ids"])
         tokens = Tokens(visual, int(inputs["attention_mask"].sum()) - visual)
-        return Answered(self._generate(inputs), tokens, tokens)
+        return Answered(*self._generate(inputs), tokens, tokens)
+
+    def inputs(self, batch: Sequence[Question]):
+        """What the model is given for a batch, each question with its own picture."""
+        prompts = [self._prompt(question) for question in batch]
+        return self._process(prompts, [picture for question in batch for picture in open_images(question)])
 
     def _answer_groups(self, batch: Sequence[Question], prompts: list[str], groups: list[list[int]]) -> Answered:
         """What the prompts of each group begin with is prefilled once."""
@@ -150,7 +167,7 @@ class Answerer:
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache()
         self.model(**inputs, **{cache_name(): cache}, position_ids=positions, use_cache=True, logits_to_keep=1)
-        answers = [""] * len(batch)
+        answers, logits = [""] * len(batch), [None] * len(batch)
         for start in range(0, len(rests), self.batch_size):
             numbers, indices, ids = zip(*rests[start : start + self.batch_size])
             indices, tail = torch.tensor(indices, device=self.model.device), self._pad(ids)
@@ -163,9 +180,9 @@ class Answerer:
             for layer, states in enumerate(cache.layers):
                 copied.update(of_rows(states.keys), of_rows(states.values), layer)
             joined = {key: torch.cat([inputs[key][indices], tail[key]], dim=1) for key in tail}
-            for number, answer in zip(numbers, self._generate(joined, **{cache_name(): copied})):
-                answers[number] = answer
-        return Answered(answers, prompted, prefilled)
+            for number, answer, row in zip(numbers, *self._generate(joined, **{cache_name(): copied})):
+                answers[number], logits[number] = answer, row
+        return Answered(answers, torch.stack(logits), prompted, prefilled)
 
     def _prompt(self, question: Question) -> str:
         return make_prompt(self.processor, question.text, len(question.images), self.vicuna_system)
@@ -178,12 +195,13 @@ class Answerer:
         padded = self.processor.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
         return {key: padded[key] for key in ("input_ids", "attention_mask")}
 
-    def _generate(self, inputs, **kwargs) -> list[str]:
-        tokens = self.model.generate(
-            **inputs, **kwargs, **self.generation, pad_token_id=self.processor.tokenizer.pad_token_id
-        )
+    def _generate(self, inputs, **kwargs) -> tuple[list[str], torch.Tensor]:
+        """Answers, and the logits of their first tokens."""
+        first = _FirstLogits()
+        kwargs |= {"logits_processor": LogitsProcessorList([first])} | self.generation
+        tokens = self.model.generate(**inputs, **kwargs, pad_token_id=self.processor.tokenizer.pad_token_id)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)], first.logits
 
     def _num_visual(self, ids: torch.Tensor) -> int:
         return int((ids == self.model.config.image_token_id).sum())

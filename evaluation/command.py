@@ -53,7 +53,12 @@ class Data(NamedTuple):
 
 
 def check(
-    data: Data, output: Path, compare: bool = False, sweep: str | None = None, card: Path | None = None
+    data: Data,
+    output: Path,
+    compare: bool = False,
+    sweep: str | None = None,
+    method: str | None = None,
+    card: Path | None = None,
 ) -> None:
     """Raises [`ShortVError`] if options, as for [`run`], contradict one another or the disk."""
     data.check()
@@ -61,11 +66,20 @@ def check(
         _numbers(sweep)
     if compare and sweep is not None:
         raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
+    if method is not None:
+        from shortv_llava.evaluation.methods import parse_methods
+
+        parse_methods(method)
+        if sweep is not None:
+            raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
     if card is not None:
         read_config(card)
         read_scores(card)
-        if sweep is not None or (TASKS[data.task].metric if data.task else data.metric) is None:
-            raise ShortVError("--card tells a score of the package: it goes with a metric, and without --sweep")
+        several = sweep is not None or method is not None
+        if several or (TASKS[data.task].metric if data.task else data.metric) is None:
+            raise ShortVError(
+                "--card tells a score of the package: it needs a metric, and takes no --sweep or --method"
+            )
     check_writable(output)
 
 
@@ -75,6 +89,7 @@ def run(
     output: Path,
     compare: bool = False,
     sweep: str | None = None,
+    method: str | None = None,
     card: Path | None = None,
     loading: dict | None = None,
     max_new_tokens: int | None = None,
@@ -85,6 +100,7 @@ def run(
     Args:
         base: the model, a folder or Hub id.
         sweep: numbers of layers, separated by commas.
+        method: names for [`parse_methods`].
         card: package folder whose card shall tell the results.
         loading: of [`load`].
         answering: of [`Answerer`].
@@ -96,10 +112,12 @@ def run(
 
     from shortv_llava.evaluation import report
     from shortv_llava.evaluation.answering import Answerer
+    from shortv_llava.evaluation.methods import parse_methods
     from shortv_llava.evaluation.run import choose_variants, evaluate
 
-    check(data, output, compare, sweep, card)
+    check(data, output, compare, sweep, method, card)
     numbers = _numbers(sweep) if sweep is not None else []
+    methods = parse_methods(method) if method is not None else []
     task = TASKS.get(data.task)
     metric, scoring = (task.metric, task.metric_kwargs) if task else (data.metric, {})
     subset = task.subset if task else None
@@ -114,9 +132,11 @@ def run(
     loaded = load(base, **loading)
     if card is not None and _computed(loaded.model.config) != _computed(config_object(read_config(card))):
         raise ShortVError(f"--card {card}: its layers are not those to be evaluated; leave out --card or the layers")
-    variants = choose_variants(loaded.model.config, compare, numbers)
+    variants = choose_variants(loaded.model.config, compare, numbers, methods)
     if max_new_tokens is None:
         max_new_tokens = task.max_new_tokens if task else MAX_NEW_TOKENS
+    if any(found.dropping for found in methods):
+        answering["shared_prefix"] = False  # what is dropped of a picture depends on the whole prompt
     if task:
         answering["vicuna_system"] = task.vicuna_system
     answerer = Answerer(loaded.model, loaded.processor, max_new_tokens=max_new_tokens, **answering)

@@ -116,7 +116,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
         where = f"{path}, line {number}"
         entry = parse_json(line, where)
         if not isinstance(entry, dict):
-            raise ShortVError(f"{where}: must be a JSON object, as {{\"question_id\": 1, …}}")
+            raise ShortVError(f'{where}: must be a JSON object, as {{"question_id": 1, …}}')
         entries.append((number, entry))
     return entries
 

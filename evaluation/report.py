@@ -22,8 +22,10 @@ def table(results: Sequence[Result], **style) -> Table:
     found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **style)
     mark = " [95%]" * (results[0].interval is not None)
     rows = [_row(result, mark) for result in results]
+    prefills = any(result.prefill_seconds for result in results)
+    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # of results.json alone, for want of room
     for name in rows[0]:
-        if any(row[name] for row in rows):
+        if any(row[name] for row in rows) and name not in left_out:
             found.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         found.add_row(*(row[str(column.header)] for column in found.columns))
@@ -55,10 +57,12 @@ def _row(result: Result, mark: str) -> dict[str, str]:
     return {
         "model": result.name,
         "FLOPs": f"{result.flops_ratio:.0%}",
+        "KL": text("{:.4f}", result.kl),
         f"score{mark}": text("{:.2f}", result.headline, result.interval),
         f"% of dense{mark}": text("{:.1f}", result.retention, result.retention_interval),
         "same": text("{:.1f}%", result.agreement),
         "speed-up": text("{:.2f}x", result.speed_up),
+        "prefill": text("{:.4f} s", result.prefill_seconds),
     }
 
 
@@ -77,8 +81,9 @@ def prefill_note(results: Sequence[Result]) -> str:
 def write_results(path: Path, results: Sequence[Result], **about) -> None:
     """results.json: `about`, then everything of each [`Result`]."""
     found = [asdict(r) | {"prompted": r.prompted._asdict(), "prefilled": r.prefilled._asdict()} for r in results]
-    for entry in found:
-        del entry["answers"]  # they have files of their own
+    for entry, result in zip(found, results):
+        del entry["answers"], entry["divergences"]  # they have files of their own
+        entry["dropping"] = result.dropping and result.dropping._asdict()
     text = json.dumps(about | {"results": found}, indent=1, ensure_ascii=False) + "\n"
     with replacing_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

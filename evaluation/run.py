@@ -1,35 +1,50 @@
 """One evaluation: a model, perhaps with several choices of layers, answers questions and is scored."""
 
+import functools
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from shortv_llava.calibrate.contribution import dense
+from shortv_llava.benchmarks.dropping import dropped
+from shortv_llava.benchmarks.measure import seconds
+from shortv_llava.calibrate.contribution import dense, divergence
 from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.answers import AnswersFile
+from shortv_llava.evaluation.methods import Dropping, Method, check_layers, hidden
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
-from shortv_llava.flops import flops_ratio
+from shortv_llava.flops import flops_ratio, image_tokens
 from shortv_llava.package import LAYER_LISTS
 
 DENSE, OWN = "dense", "shortv"
+PREFILLS = 5  # timed of each variant, after one that is not
 
 
 class Variant(NamedTuple):
-    """The model with some choice of layers."""
+    """The model with some choice of layers, and of the visual tokens that it drops."""
 
     name: str  # also of files
     frozen: dict[str, list[int]]  # the configuration's three lists
+    dropping: Dropping | None = None
+
+    @contextmanager
+    def applied(self, model, drop: Callable = hidden) -> Iterator[None]:
+        """The model is this variant; `drop` hides dropped tokens, or drops them."""
+        model.set_replaced_layers(*self.frozen.values())
+        with drop(model, self.dropping):
+            yield
 
 
 @dataclass
@@ -43,15 +58,21 @@ class Result:
         headline, interval: the score that variants are compared by, and where it lies with 95% confidence.
         retention, retention_interval: that score in percent of the dense model's.
         agreement: answers equal to the dense model's, in percent.
+        divergences: KL(this || first variant) of the next-token distributions at the prompts' ends, nats, the direction
+            of LC scores; `kl` is their mean.
         seconds: that the batches took, in this run and in interrupted ones before.
         prompted, prefilled: visual and text tokens of their prompts, and of these those that went through the model.
-        speed_up: the dense model's seconds over these.
+        speed_up: the dense model's seconds over these; none where tokens are only hidden.
+        prefill_seconds: of one question, median, with tokens really dropped; measured if any variant drops some.
     """
 
     name: str
     frozen: dict[str, list[int]]
     flops_ratio: float
+    dropping: Dropping | None = None
     answers: dict[int | str, str] = field(default_factory=dict)
+    divergences: list[float] = field(default_factory=list)
+    kl: float | None = None
     seconds: float = 0.0
     prompted: Tokens = Tokens(0, 0)
     prefilled: Tokens = Tokens(0, 0)
@@ -62,21 +83,26 @@ class Result:
     retention_interval: tuple[float, float] | None = None
     agreement: float | None = None
     speed_up: float | None = None
+    prefill_seconds: float | None = None
 
     def count(self, measured: dict) -> None:
-        """Add what a batch took: `seconds`, `prompted` and `prefilled` tokens."""
+        """Add what was measured of a batch: `divergences`, `seconds`, `prompted` and `prefilled` tokens."""
+        self.divergences += measured.get("divergences", [])  # older runs wrote none
         self.seconds += measured["seconds"]
         self.prompted += Tokens(*measured["prompted"])
         self.prefilled += Tokens(*measured["prefilled"])
 
 
-def choose_variants(config, compare: bool = False, sweep: Sequence[int] = ()) -> list[Variant]:
+def choose_variants(
+    config, compare: bool = False, sweep: Sequence[int] = (), methods: Sequence[Method] = ()
+) -> list[Variant]:
     """The model as it is; for a comparison the dense one before it; for a sweep one for each number of layers.
 
+    Of several methods each, after the dense model; of one that alone, but for a comparison.
     Layers of a sweep are taken in the configuration's order, then by its LC scores.
 
     Raises:
-        ShortVError: if there is nothing to compare, or no order for so many layers.
+        ShortVError: if there is nothing to compare, no order for so many layers, or a method does not fit the model.
     """
     units = Units(config, "layer")
     own = {name: list(getattr(config, name)) for name in LAYER_LISTS}
@@ -93,8 +119,14 @@ def choose_variants(config, compare: bool = False, sweep: Sequence[int] = ()) ->
         return [Variant(DENSE, units.frozen([]))] + [
             Variant(f"{number}-layers", units.frozen(order[:number])) for number in sweep if number > 0
         ]
-    if compare and is_dense:
-        raise ShortVError("--compare: the model replaces no layers; give --replaced-layers, or a package")
+    needs_layers = any(method.shortv for method in methods) if methods else compare
+    if needs_layers and is_dense:
+        option = "--method shortv" if methods else "--compare"
+        raise ShortVError(f"{option}: the model replaces no layers; give --replaced-layers, or a package")
+    if methods:
+        check_layers(methods, config.text_config.num_hidden_layers)
+        chosen = [Variant(name, own if shortv else units.frozen([]), drop) for name, shortv, drop in methods]
+        return [Variant(DENSE, units.frozen([]))] * (compare or len(methods) > 1) + chosen
     return ([Variant(DENSE, units.frozen([]))] if compare else []) + [Variant(DENSE if is_dense else OWN, own)]
 
 
@@ -133,6 +165,8 @@ def evaluate(
     files = {}
     for variant in variants:
         metadata = variant.frozen | answerer.settings
+        if variant.dropping is not None:
+            metadata |= {"dropping": variant.dropping._asdict()}
         path = output / answers_file(variant.name, len(variants))
         files[variant.name] = AnswersFile(path, model_id, metadata, questions)
     measured = output / "measured.jsonl"
@@ -146,7 +180,7 @@ def evaluate(
     ]
     with dense(answerer.model):  # its own layers come back afterwards
         results = {
-            variant.name: Result(variant.name, variant.frozen, _flops_ratio(answerer.model, variant))
+            variant.name: Result(*variant[:2], _flops_ratio(answerer.model, variant), variant.dropping)
             for variant in variants
         }
         for entry in before:
@@ -160,22 +194,20 @@ def evaluate(
             for start in range(0, len(unanswered), count):
                 found = []
                 for number in range(start + rank, min(start + rank + 1, len(unanswered))):
-                    for variant in variants if number % 2 == 0 else variants[::-1]:
-                        answerer.model.set_replaced_layers(*variant.frozen.values())
-                        began = time.perf_counter()
-                        answered = answerer.answer(unanswered[number])
-                        found.append((number, variant.name, answered, time.perf_counter() - began))
-                for number, name, answered, seconds in gather_object(found) if count > 1 else found:
+                    found += _in_turns(answerer, unanswered[number], number, variants)
+                for number, answers, entry in gather_object(found) if count > 1 else found:
+                    name = entry["variant"]
                     if all(question.id in files[name].lines for question in unanswered[number]):
                         continue  # an interrupted run counted it, and missed another variant's
-                    files[name].add(unanswered[number], answered.answers, write=state.is_main_process)
-                    entry = {"variant": name, "seconds": seconds}
-                    entry |= {"prompted": answered.prompted, "prefilled": answered.prefilled}
+                    files[name].add(unanswered[number], answers, write=state.is_main_process)
                     results[name].count(entry)
                     if state.is_main_process:
                         with open(measured, "a", encoding="utf-8") as file:
                             file.write(json.dumps(entry) + "\n")
                 bar.update(sum(map(len, unanswered[start : start + count])))
+        if state.is_main_process and any(variant.dropping for variant in variants):
+            for name, taken in _time_prefills(answerer, questions, variants).items():
+                results[name].prefill_seconds = taken
     if state.is_main_process:
         for file in files.values():
             file.finish()
@@ -185,6 +217,37 @@ def evaluate(
     if state.is_main_process:
         _score(list(results.values()), questions, metric, subset, metric_kwargs)
     return list(results.values())
+
+
+def _in_turns(answerer: Answerer, batch: list[Question], number: int, variants: Sequence[Variant]) -> list[tuple]:
+    """(number, answers, entry of measured.jsonl) of each variant for a batch, which has this number among all."""
+    found, logits = [], {}
+    for variant in variants if number % 2 == 0 else variants[::-1]:
+        with variant.applied(answerer.model):
+            began = time.perf_counter()
+            answered = answerer.answer(batch)
+            taken = time.perf_counter() - began
+        logits[variant.name] = answered.logits
+        entry = {"variant": variant.name, "seconds": taken}
+        entry |= {"prompted": answered.prompted, "prefilled": answered.prefilled}
+        found.append((number, answered.answers, entry))
+    for *_, entry in found:
+        divergences = divergence(logits[variants[0].name], logits[entry["variant"]][None], "release")
+        entry["divergences"] = divergences[0].tolist()
+    return found
+
+
+@torch.no_grad()
+def _time_prefills(answerer: Answerer, questions: Sequence[Question], variants: Sequence[Variant]) -> dict[str, float]:
+    """Seconds of the first question with a picture, by variant: medians, in turns, with tokens really dropped."""
+    inputs = answerer.inputs([next((question for question in questions if question.images), questions[0])])
+    times = {variant.name: [] for variant in variants}
+    for number in range(1 + PREFILLS):
+        for variant in variants if number % 2 == 0 else variants[::-1]:
+            with variant.applied(answerer.model, dropped):
+                prefill = functools.partial(answerer.model, **inputs, use_cache=True, logits_to_keep=1)
+                times[variant.name].append(seconds(prefill, answerer.model.device))
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def _read_measured(path: Path) -> list[dict]:
@@ -212,7 +275,9 @@ def _score(results: list[Result], questions, metric: str | None, subset: str | N
         if len(results) > 1:
             same = [result.answers[id] == answer for id, answer in first.answers.items()]
             result.agreement = 100 * statistics.mean(same)
-            result.speed_up = first.seconds / result.seconds if result.seconds else None
+            result.kl = statistics.mean(result.divergences) if result.divergences else None
+            if result.seconds and result.dropping is None:
+                result.speed_up = first.seconds / result.seconds
             if first.headline:
                 result.retention = 100 * (result.headline / first.headline)
                 result.retention_interval = intervals.retention[result.name]
@@ -220,4 +285,7 @@ def _score(results: list[Result], questions, metric: str | None, subset: str | N
 
 def _flops_ratio(model, variant: Variant) -> float:
     model.set_replaced_layers(*variant.frozen.values())
-    return flops_ratio(model.config)
+    if variant.dropping is None:
+        return flops_ratio(model.config)
+    counts = variant.dropping.visual_tokens(image_tokens(model.config), model.config.text_config.num_hidden_layers)
+    return flops_ratio(model.config, visual_tokens=counts)

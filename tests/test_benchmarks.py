@@ -50,6 +50,18 @@ def test_prefill_takes_other_layers_and_attention():
 
 
 @pytest.mark.slow
+def test_prefill_takes_methods_that_drop(tmp_path):
+    methods = "shortv,fastv:1:0.5,shortv+vtw:2"
+    printed = bench(
+        "prefill", "--model", "tiny", "--method", methods, "--batch", "2", "--pairs", "1", "--output", str(tmp_path)
+    )
+    rows = json.loads((tmp_path / "prefill.json").read_text())["results"]
+    assert [row["frozen"] for row in rows] == ["shortv, N = 2", "fastv-1-0.5", "shortv+vtw-2, N = 2"]
+    assert rows[2]["dropping"] == {"layer": 2, "share": 1.0} and rows[0]["dropping"] is None
+    assert all(row["bound"] > 1 and not row["identical"] and row["frozen"] in printed for row in rows)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_fused_norms_change_nothing_else():
     printed = bench("prefill", "--model", "tiny", "--layers", "1", "--pairs", "1", "--fused-norms")
@@ -101,6 +113,9 @@ def test_shapes_are_the_published_models(model, number, parameters, ratio):
         (("prefill", "--model", "tiny", "--batch", "0"), "--batch"),
         (("prefill", "--model", "tiny", "--cuda-graphs"), "GPU"),
         (("prefill", "--model", "tiny", "--attention", "quick"), "quick"),
+        (("prefill", "--model", "tiny", "--method", "fastv"), "'fastv' is none of"),
+        (("prefill", "--model", "tiny", "--method", "vtw:3"), "K is at most 2"),
+        (("prefill", "--model", "tiny", "--method", "vtw:2", "--cuda-graphs"), "leave one of both out"),
         (("decoding", "--model", "llava-2"), "llava-2"),
     ),
 )

@@ -1,5 +1,6 @@
 """`shortv evaluate`: the same answers with and without shared prefixes, in one process or two, in one go or several."""
 
+import io
 import json
 import os
 import random
@@ -13,14 +14,17 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from rich.console import Console
 
+from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.checkpoints import CHECKPOINT, shapes
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation import answering
+from shortv_llava.evaluation import answering, report
 from shortv_llava.evaluation import command as evaluate_command
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.command import Data
+from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
 from shortv_llava.evaluation.tasks import TASKS
@@ -207,6 +211,41 @@ class TestRun:
         same = [dense.answers[question.id] == ours.answers[question.id] for question in asked]
         assert ours.agreement == pytest.approx(100 * sum(same) / len(same))
 
+    def test_methods_beside_one_another(self, embedded, asked, tmp_path):
+        model, processor = embedded
+        variants = choose_variants(model.config, methods=parse_methods("fastv:3:0.5,shortv+vtw:6"))
+        answerer = Answerer(model, processor, 4, 3, shared_prefix=False)
+        results = evaluate(answerer, asked[:3], variants, tmp_path, "model", "gqa")
+        assert [result.name for result in results] == ["dense", "fastv-3-0.5", "shortv+vtw-6"]
+        for result, variant in zip(results, variants):
+            with variant.applied(model, dropped):
+                found = {question.id: alone(model, processor, question, 3) for question in asked[:3]}
+            assert result.answers == found
+        assert results[0].kl == 0 < min(result.kl for result in results[1:])
+        ratios = [result.flops_ratio for result in results]
+        assert ratios[2] < ratios[1] < ratios[0] == 1
+        assert all(result.prefill_seconds > 0 for result in results)
+        assert [result.speed_up is None for result in results] == [False, True, True]
+        line = json.loads((tmp_path / "answers-shortv+vtw-6.jsonl").read_text().splitlines()[0])
+        assert line["metadata"]["dropping"] == {"layer": 6, "share": 1.0}
+        assert line["metadata"]["replaced_layers"] == LAYERS
+        printed = io.StringIO()
+        Console(file=printed, width=80).print(report.table(results))
+        assert all(name in printed.getvalue() for name in ("KL", "prefill", "fastv-3-0.5"))
+
+    def test_divergence_is_that_of_the_prompts_ends(self, embedded, asked, tmp_path):
+        model, processor = embedded
+        variants = choose_variants(model.config, compare=True)
+        _, ours = evaluate(Answerer(model, processor, 64, 1), asked[:6], variants, tmp_path, "model")
+        expected = []
+        for question in asked[:6]:
+            inputs, logits = Answerer(model, processor).inputs([question]), []
+            for variant in variants:
+                with variant.applied(model), torch.no_grad():
+                    logits.append(model(**inputs).logits[0, -1].double().log_softmax(-1))
+            expected.append((logits[1].exp() * (logits[1] - logits[0])).sum().item())
+        assert ours.kl == pytest.approx(sum(expected) / 6, rel=1e-3)
+
     def test_sweep_goes_along_the_order_of_replacement(self, embedded):
         config = embedded[0].config
         names = [
@@ -227,6 +266,9 @@ class TestRun:
         with pytest.raises(ShortVError, match="replaces no layers"):
             choose_variants(model.config, compare=True)
         assert [variant.name for variant in choose_variants(model.config)] == ["dense"]
+        with pytest.raises(ShortVError, match="--method shortv: the model replaces no layers"):
+            choose_variants(model.config, methods=parse_methods("shortv+vtw:3"))
+        assert [variant.name for variant in choose_variants(model.config, methods=parse_methods("vtw:3"))] == ["vtw-3"]
         model.set_replaced_layers(LAYERS)
 
 
@@ -424,6 +466,21 @@ class TestTasks:
         assert f"to be scored elsewhere: {tmp_path / 'out' / 'mm_vet.json'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method, shared", [("shortv", True), ("shortv,fastv:2:0.5", False)])
+def test_a_method_that_drops_shares_no_prefix(package_folder, files, tmp_path, monkeypatch, method, shared):
+    class Stopped(Exception):
+        pass
+
+    def answerer(*args, shared_prefix, **settings):
+        assert shared_prefix is shared
+        raise Stopped
+
+    monkeypatch.setattr(answering, "Answerer", answerer)
+    given = Data(None, None, Path(files[1]), Path(files[3]), None)
+    with pytest.raises(Stopped):
+        evaluate_command.run(str(package_folder), given, tmp_path / "out", method=method, shared_prefix=True)
+
+
 def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
     given = Data(None, None, Path(files[1]), Path(files[3]), "gqa")
     with pytest.raises(ShortVError, match="its layers are not those to be evaluated"):
@@ -445,6 +502,9 @@ def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
         ({"task": "gqa"}, {"sweep": "-1"}, "--sweep takes numbers of layers"),
         ({"task": "gqa"}, {"output": Path(__file__)}, "is a file; give a folder"),
         ({"task": "gqa"}, {"compare": True, "sweep": "3"}, "--compare and --sweep: give one"),
+        ({"task": "gqa"}, {"method": "vtw:2", "sweep": "3"}, "--method and --sweep: give one"),
+        ({"task": "gqa"}, {"method": "vtw"}, "'vtw' is none of shortv, fastv:K:R"),
+        ({"task": "gqa"}, {"method": "vtw:2", "card": CHECKPOINT}, "takes no --sweep or --method"),
         ({"task": "gqa"}, {"sweep": "few"}, "--sweep takes numbers of layers"),
         ({"task": "gqa"}, {"card": Path("nowhere")}, "nowhere: no checkpoint"),
         ({"task": "vqav2"}, {"card": CHECKPOINT}, "--card tells a score"),

@@ -6,8 +6,11 @@ import pytest
 import tiny
 import torch
 
+from shortv_llava import package
+from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.flops import block_flops, flops_ratio, image_tokens, prefill_flops
 
+SEVEN_B = package.PUBLISHED["llava-1.5-7b"].replaced_layers
 PUBLISHED = [  # h, m, L, heads, v, TFLOPs dense, N, TFLOPs ShortV, ratio in percent
     (4096, 11008, 32, 32, 576, 8.5, 19, 4.7, 55),
     (5120, 13824, 40, 40, 576, 16.6, 24, 9.1, 55),
@@ -32,6 +35,22 @@ def test_published_table(h, m, layers, heads, v, dense, n, shortv, percent):
     full = prefill_flops(config, 64, v)
     reduced = prefill_flops(config, 64, v, range(n), range(n))
     assert (round(full / 1e12, 1), round(reduced / 1e12, 1), round(100 * reduced / full)) == (dense, shortv, percent)
+
+
+@pytest.mark.parametrize(
+    "replaced, dropping, percent", [((), (2, 0.5), 57.2), ((), (16, 1.0), 54.9), (SEVEN_B, (2, 0.5), 33.9)]
+)
+def test_dropped_tokens_are_not_counted(replaced, dropping, percent):
+    """LLaVA-1.5-7B with FastV (4.9 of 8.5 TFLOPs are published), VTW (55%), and ShortV with FastV."""
+    config = text_config(4096, 11008, 32, 32)
+    counts = Dropping(*dropping).visual_tokens(576, 32)
+    found = prefill_flops(config, 64, counts, replaced, replaced) / prefill_flops(config, 64, 576)
+    assert round(100 * found, 1) == percent
+    by_hand = sum(
+        prefill_flops(text_config(4096, 11008, 1, 32), 64, counts[layer], *[[0][: layer in replaced]] * 2)
+        for layer in range(32)
+    )
+    assert found * prefill_flops(config, 64, 576) == pytest.approx(by_hand)
 
 
 def test_multi_head_attention_gives_the_papers_formulas():

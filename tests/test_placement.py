@@ -12,7 +12,9 @@ from processes import torchrun
 from transformers.dynamic_module_utils import get_cached_module_file
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
+from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
+from shortv_llava.evaluation.methods import Dropping, hidden
 from shortv_llava.processors import load_processor
 
 LAYERS = "model.language_model.layers"
@@ -109,6 +111,20 @@ def test_two_devices_pretended(frozen, layout):
     expected = ours(**inputs).logits
     assert torch.equal(logits(["cuda:0", "cuda:1"]), expected)
     assert torch.equal(logits(["cuda:0", "cuda:0"]), expected)
+
+
+@pytest.mark.parametrize("drop", [hidden, dropped])
+@pytest.mark.parametrize("layer", [1, 3])  # within a half, on the first device or the second
+@torch.no_grad()
+def test_visual_tokens_dropped_on_two_devices_pretended(drop, layer):
+    _, ours = tiny.pair()
+    inputs = tiny.batch(ours, "llava", ["tttIttttt"] if drop is dropped else ["tttttt", "tIttItt"])
+    ours.set_replaced_layers([3, 0])
+    model = pretend_to_place(ours, ["cuda:0", "cuda:1"])
+    with PretendedDevices(), drop(model, Dropping(layer, 0.5)):
+        found = model(**inputs).logits
+    with drop(ours, Dropping(layer, 0.5)):
+        torch.testing.assert_close(found, ours(**inputs).logits, **tiny.CLOSE)
 
 
 def test_tensor_parallel_plan_names_our_projections():

@@ -1,0 +1,105 @@
+"""FastV and VTW as they save time: a prefill whose later layers get fewer tokens, and keep shorter caches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shortv_llava.evaluation.methods import (
+    Dropping,
+    by_name,
+    last_row_attention,
+    last_tokens,
+    most_attended,
+    seen_before,
+    visual_tokens,
+)
+from shortv_llava.modeling_shortv_llava import FrozenTokens
+from shortv_llava.package import cache_name
+
+
+@contextmanager
+def dropped(model, dropping: Dropping | None) -> Iterator[None]:
+    """For a while the model drops visual tokens; with None it drops none.
+
+    Tokens left keep their order and their positions. A pass on an empty cache is a prompt, any other generates.
+    Rows have no padding and as many visual tokens as one another. Besides, the score of FastV computes one layer's keys
+    a second time.
+
+    Args:
+        model: LLaVA or ShortV LLaVA with its head, with SDPA or eager attention.
+    """
+    if dropping is None:
+        yield
+        return
+    dropper, layers = _Dropper(model, dropping), model.model.language_model.layers
+    handles = [model.model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
+    attention = layers[dropping.layer - 1].self_attn
+    handles.append(attention.register_forward_pre_hook(dropper.choose, with_kwargs=True))
+    for layer in layers[dropping.layer :]:
+        handles.append(layer.register_forward_pre_hook(dropper.drop, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Dropper:
+    """Forward pre-hooks, and what they know of the pass.
+
+    Attributes:
+        is_prompt: whether the pass is one.
+        ids: its tokens (B, S).
+        left: index (B, T) of those that are left; `given`, the keywords that go with them to all later layers.
+    """
+
+    def __init__(self, model, dropping: Dropping):
+        self.config, self.dropping = model.config, dropping
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = by_name(module, args, kwargs)
+        self.ids, self.is_prompt = given["input_ids"], seen_before(given) == 0
+
+    def choose(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.is_prompt:
+            return
+        visual = visual_tokens(self.config, self.ids).to(kwargs["hidden_states"].device)
+        left = ~visual
+        if self.dropping.share < 1:
+            weights = last_row_attention(attention, last_tokens(visual, None), **kwargs)
+            left = left | most_attended(weights, visual, self.dropping)
+        self.left = left.nonzero()[:, 1].view(len(left), -1)
+        self.frozen, self.given = visual.gather(1, self.left), None
+
+    def drop(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if not self.is_prompt:
+            mask = kwargs["attention_mask"]
+            if mask is not None:  # without padding it says nothing but how many keys there are
+                seen = kwargs[cache_name()].get_seq_length(layer.self_attn.layer_idx)
+                kwargs = kwargs | {"attention_mask": mask[..., : seen + args[0].shape[1]]}
+            return args, kwargs
+        if self.given is None:
+            args, self.given = (self._rows(args[0]), *args[1:]), self._gather(kwargs)
+        return args, kwargs | self.given
+
+    def _rows(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) of (B or 1, S, ...)."""
+        states, left = states.expand(len(self.left), *states.shape[1:]), self.left.to(states.device)
+        return states[torch.arange(len(left), device=states.device)[:, None], left]
+
+    def _gather(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What of a layer's keywords is of tokens, of those that are left."""
+        given = {"position_embeddings": tuple(map(self._rows, kwargs["position_embeddings"]))}
+        mask = kwargs["attention_mask"]
+        if mask is not None:
+            rows = self._rows(mask.transpose(1, 2)).transpose(1, 2)  # (B, 1, T, S)
+            left = self.left.to(rows.device)[:, None, None]
+            given["attention_mask"] = rows.gather(3, left.expand(*rows.shape[:3], -1))
+        if "frozen_tokens" in kwargs:
+            tokens = kwargs["frozen_tokens"]
+            of_left = FrozenTokens(self.frozen, tokens.attention_layers, tokens.ffn_layers)
+            given["frozen_tokens"] = of_left if self.frozen.any() else None
+        return given
