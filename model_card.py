@@ -525,7 +525,7 @@ def _use(config, name: str, tag: str | None, space: str | None) -> str:
 ]"""
     return f"""## Use
 
-{shown}With `pip install {' '.join(needed)}` (transformers 4.57 or newer), through the pipeline:
+{shown}With `pip install {" ".join(needed)}` (transformers 4.57 or newer), through the pipeline:
 
 ```python
 from transformers import pipeline

@@ -307,6 +307,7 @@ def _write(
             for name, candidate in candidates.items()
         },
     }
+
     def by_block(values: dict) -> dict:
         half = units.num_layers
         attention = {f"{kind}, attention": both[:half] for kind, both in values.items()}
