@@ -211,15 +211,15 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _check_files(folder: Path) -> None:
-    for path in files_like(folder, PROCESSOR_PATTERNS):
-        if path.suffix == ".json":
-            read_json(path)
-    for kind, names in (
-        ("tokenizer", ("tokenizer.json", "*.model", "vocab.json")),
-        ("image processor", ("preprocessor_config.json", "processor_config.json")),
-    ):
-        if not files_like(folder, names):
-            raise ShortVError(f"{folder}: has no {kind} ({' or '.join(names)}); copy the files of the base model there")
+    """See that the processor's files are there and hold JSON; transformers 4 makes settings up that it misses."""
+    found = {path.name: read_json(path) for path in files_like(folder, PROCESSOR_PATTERNS) if path.suffix == ".json"}
+    missing = None
+    if not files_like(folder, ("tokenizer.json", "*.model", "vocab.json")):
+        missing = "tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+    elif "preprocessor_config.json" not in found and "image_processor" not in found.get("processor_config.json", {}):
+        missing = "image processor (preprocessor_config.json)"
+    if missing:
+        raise ShortVError(f"{folder}: has no {missing}; copy the files of the base model there")
 
 
 def _load(folder: Path, source: Path):

@@ -411,7 +411,7 @@ class TestWeights:
         ("tokenizer_config.json", b'{"a":' * 100_000, "tokenizer_config.json: is nested too deeply; correct it"),
         ("tokenizer_config.json", b'{"a": "\\ud800"}', r"tokenizer_config.json: holds \\ud800, half a character"),
         ("tokenizer_config.json", b"{}", "its processor fails .*; copy the files of the base model"),
-        ("preprocessor_config.json", None, "its processor cannot be loaded .*; copy the files of the base model"),
+        ("preprocessor_config.json", None, "has no image processor .*; copy the files of the base model"),
         ("preprocessor_config.json", b"\xff", "preprocessor_config.json: is no UTF-8"),
         ("processor_config.json", b"[1]", "processor_config.json: holds no JSON object; get the file again"),
     ],
