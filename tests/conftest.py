@@ -29,15 +29,16 @@ def home():
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def hub(tmp_path):
     """A local Hub without repositories, whose token is in the environment."""
     from hub import Hub
     from huggingface_hub import constants
 
-    monkeypatch.setenv("HF_TOKEN", Hub.token)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own retries
-    with Hub() as hub:
+    # Not the test's own monkeypatch: that must be undone before the Hub's settings are.
+    with pytest.MonkeyPatch.context() as patched, Hub() as hub:
+        patched.setenv("HF_TOKEN", Hub.token)
+        patched.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        patched.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own retries
         yield hub
 
 
