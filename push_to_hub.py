@@ -156,6 +156,7 @@ def push(
             or as the message says.
     """
     _check_target(repo_id, revision, tag)
+    read_config(folder)  # a wrong folder is told before a missing login
     if not dry_run:
         _check_access(repo_id)
     config = check_package(folder, with_weights=weights_from is None)

@@ -688,6 +688,11 @@ def test_token(hub, folder, monkeypatch, token, words):
 # Bad input
 
 
+def test_a_wrong_folder_is_told_before_a_missing_login(tmp_path):
+    with fails(f"{tmp_path}: no checkpoint"):
+        push(tmp_path, REPO)
+
+
 def shorten(path):
     path.write_bytes(path.read_bytes()[:-100])
 
