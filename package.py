@@ -375,8 +375,7 @@ def write_package(
         measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
         logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
         card.data.eval_results = card.data.model_name = None
-    if not converted:
-        check_model(base, entries, weights)
+    model = None if converted else check_model(base, entries, weights)
     with replacing(output) as staging:
         if converted:
             convert_checkpoint(base, staging, vision_tower, base_weights)
@@ -386,7 +385,7 @@ def write_package(
         config = config_object(entries)
         processor, notes = write_processor(source, staging, config, chat_template, image_aspect_ratio)
         if processor is not None:
-            check_pictures(base, model_without_weights(base, config), processor)
+            check_pictures(base, model or model_without_weights(base, config), processor)
         for note in notes:
             logger.warning(f"{base}: {note}")
         copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
@@ -435,19 +434,23 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
     index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def check_model(folder: Path, entries: dict, weights: bool = True) -> None:
+def check_model(folder: Path, entries: dict, weights: bool = True):
     """See, before anything is copied, that a checkpoint's model can be built and its weights fit it.
 
     Args:
         entries: of its config.json.
         weights: whether to read them too; only their headers are.
 
+    Returns:
+        The model, on the meta device.
+
     Raises:
         ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
     """
-    model_without_weights(folder, config_object(entries))
+    model = model_without_weights(folder, config_object(entries))
     if weights:
         _check_weights(folder)
+    return model
 
 
 def _check_weights(folder: Path) -> None:

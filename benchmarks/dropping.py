@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortv_llava.calibrate.contribution import last_tokens
 from shortv_llava.evaluation.methods import (
     Dropping,
     by_name,
+    forward_pre_hooks,
     last_row_attention,
-    last_tokens,
     most_attended,
     seen_before,
     visual_tokens,
@@ -35,16 +36,9 @@ def dropped(model, dropping: Dropping | None) -> Iterator[None]:
         yield
         return
     dropper, layers = _Dropper(model, dropping), model.model.language_model.layers
-    handles = [model.model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
-    attention = layers[dropping.layer - 1].self_attn
-    handles.append(attention.register_forward_pre_hook(dropper.choose, with_kwargs=True))
-    for layer in layers[dropping.layer :]:
-        handles.append(layer.register_forward_pre_hook(dropper.drop, with_kwargs=True))
-    try:
+    hooks = [(model.model, dropper.begin), (layers[dropping.layer - 1].self_attn, dropper.choose)]
+    with forward_pre_hooks([*hooks, *((layer, dropper.drop) for layer in layers[dropping.layer :])]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Dropper:

@@ -70,7 +70,7 @@ def contributions(
         stack, calls = layer_calls(model, inputs)  # (variants * B, S, h), the original first
         batch = len(stack)
         sets = [token_set(model, inputs, kind) for kind in tokens]
-        rows, positions = read or (torch.arange(batch), _last_positions(inputs, stack))
+        rows, positions = read or (torch.arange(batch), last_tokens(inputs["input_ids"], inputs.get("attention_mask")))
         unread = torch.ones_like(sets[0])
         unread[rows.to(unread.device), positions.to(unread.device)] = False
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
@@ -163,12 +163,11 @@ def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
     raise ValueError(f"tokens must be 'visual', 'text' or 'all', got {tokens!r}")
 
 
-def _last_positions(inputs, states: torch.Tensor) -> torch.Tensor:
-    """(B,), index of each row's last token that is no padding."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.full(states.shape[:1], states.shape[1] - 1)
-    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B,), index of the last of each row's tokens (B, S) that is no padding."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(tokens)
+    return (torch.arange(tokens.shape[1], device=tokens.device) * attention_mask).argmax(dim=1)
 
 
 def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:

@@ -74,10 +74,15 @@ class Regression:
         damping = (ridge * inner.diagonal().mean()).clamp(min=torch.finfo(inner.dtype).tiny)
         root = torch.linalg.cholesky(inner + damping * torch.eye(len(inner), device=inner.device))
         whole = torch.cholesky_solve(cross, root)  # (h, h), from A to D
-        # Right singular vectors of the fitted values A W are eigenvectors of W'A'AW.
-        up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
-        down = (whole @ up).T
+        down, up = cut_to_rank(whole, inner, rank)
         return Factors(*(part.cpu().contiguous() for part in (down, up, mean_d - up @ (down @ mean_a))))
+
+
+def cut_to_rank(whole: torch.Tensor, inner: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps down (r, h) and up (h, r) whose fitted values are nearest to those of `whole` W (h, h), given A'A (h, h)."""
+    # Right singular vectors of the fitted values A W are eigenvectors of W'A'AW.
+    up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
+    return (whole @ up).T, up
 
 
 class FitSample:

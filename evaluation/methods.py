@@ -8,7 +8,7 @@ Language Models with Visual Tokens Withdrawal for Rapid Inference", 2024 (VTW).
 Shapes: B rows of S tokens, K keys, h hidden size, d head size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shortv_llava.calibrate.contribution import last_tokens
 from shortv_llava.errors import ShortVError
 from shortv_llava.modeling_shortv_llava import rotate
 from shortv_llava.package import cache_name
@@ -113,12 +114,17 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
     if implementation not in ("sdpa", "eager"):
         raise ShortVError(f"a method that drops visual tokens needs sdpa or eager attention, not {implementation!r}")
     hiding, layers = _Hiding(model, dropping), model.model.language_model.layers
-    handles = [model.model.register_forward_pre_hook(hiding.begin, with_kwargs=True)]
+    hooks = [(model.model, hiding.begin)]
     if dropping.share < 1:
-        attention = layers[dropping.layer - 1].self_attn
-        handles.append(attention.register_forward_pre_hook(hiding.choose, with_kwargs=True))
-    for layer in layers[dropping.layer :]:
-        handles.append(layer.register_forward_pre_hook(hiding.hide, with_kwargs=True))
+        hooks.append((layers[dropping.layer - 1].self_attn, hiding.choose))
+    with forward_pre_hooks([*hooks, *((layer, hiding.hide) for layer in layers[dropping.layer :])]):
+        yield
+
+
+@contextmanager
+def forward_pre_hooks(hooks: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Modules have these hooks, which get the keywords too, for a while."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         yield
     finally:
@@ -198,13 +204,6 @@ def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:
     """Which of the ids (B, S) stand for visual tokens, boolean."""
     names = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
     return torch.isin(ids, torch.tensor([getattr(config, name) for name in names], device=ids.device))
-
-
-def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B,), index of the last of each row's tokens (B, S) that is no padding."""
-    if attention_mask is None:
-        attention_mask = torch.ones_like(tokens)
-    return (torch.arange(tokens.shape[1], device=tokens.device) * attention_mask).argmax(dim=1)
 
 
 def last_row_attention(

@@ -402,6 +402,15 @@ class TestWeights:
         assert not (tmp_path / "package").exists()
 
 
+def damaged(folder, name, data):
+    """The embedded checkpoint with other data in a file, or without it."""
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / name).unlink()
+    if data is not None:
+        (folder / name).write_bytes(data)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name, data, words",
     [
@@ -417,11 +426,7 @@ class TestWeights:
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, data, words):
-    base = tmp_path / "base"
-    shutil.copytree(CHECKPOINT, base)
-    (base / name).unlink()
-    if data is not None:
-        (base / name).write_bytes(data)
+    base = damaged(tmp_path / "base", name, data)
     with pytest.raises(ShortVError, match=words) as error:
         load_processor(base)
     assert str(base) in str(error.value)
@@ -437,11 +442,7 @@ def test_damaged_files_are_named(tmp_path, name, data, words):
     ],
 )
 def test_damaged_files_are_named_before_loading(tmp_path, name, data, words):
-    base = tmp_path / "base"
-    shutil.copytree(CHECKPOINT, base)
-    (base / name).unlink()
-    if data is not None:
-        (base / name).write_bytes(data)
+    base = damaged(tmp_path / "base", name, data)
     with pytest.raises(ShortVError, match=words):
         load_model(base)
 

@@ -58,6 +58,7 @@ Folder = Annotated[Path, typer.Argument(help="The checkpoint folder that `build`
 Work = Annotated[Path, typer.Option(help="For scores and orders, which tables share.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: `float32` or `bfloat16`.")]
 Pictures = Annotated[int, typer.Option(help="Held-out ones, ten questions about each.")]
+Number = Annotated[int, typer.Option(help="Of layers frozen.")]
 WORK = Path("evidence")
 
 
@@ -113,7 +114,7 @@ def fits(
     pictures: Pictures = 10,
     dtype: Dtype = "float32",
     work: Work = WORK,
-    number: Annotated[int, typer.Option(help="Of layers frozen.")] = 24,
+    number: Number = 24,
     rank: int = 64,
 ) -> None:
     """Ways to fit the corrections of one choice of layers."""
@@ -134,7 +135,7 @@ def kinds(
     pictures: Pictures = 100,
     dtype: Dtype = "float32",
     work: Work = WORK,
-    number: Annotated[int, typer.Option(help="Of layers frozen.")] = 24,
+    number: Number = 24,
     rank: int = 64,
 ) -> None:
     """Kinds of question apart: what corrections mend."""

@@ -26,6 +26,7 @@ from shortv_llava.calibrate.correction import (
     Factors,
     FitSample,
     Regression,
+    cut_to_rank,
     fit_corrections,
     make_correction,
     set_corrections,
@@ -518,8 +519,7 @@ def without_intercept(sums: Regression, rank: int, ridge: float) -> Factors:
     size = len(sums.inner) - 1
     inner, cross = sums.inner[:-1, :-1], sums.cross[:-1]
     whole = torch.linalg.solve(inner + ridge * inner.diagonal().mean() * torch.eye(size), cross)
-    up = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
-    return Factors((whole @ up).T, up, torch.zeros(size, dtype=inner.dtype))
+    return Factors(*cut_to_rank(whole, inner, rank), torch.zeros(size, dtype=inner.dtype))
 
 
 def constants(sums: Regression, rank: int, ridge: float) -> Factors:
