@@ -37,6 +37,6 @@ def save_figure(figure, axes, path: Path) -> None:
     from matplotlib import pyplot
 
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
     pyplot.close(figure)

@@ -9,7 +9,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from shortv_llava.package import (
     config_object,
     hub_id,
     read_config,
+    split_revision,
 )
 from shortv_llava.processors import files_like
 
@@ -61,6 +63,7 @@ STRATEGIES = {
     "cosine": "by how little they turn the visual tokens' states (cosine similarity), least first",
     "random": "at random",
 }
+NEEDS_TORCHVISION = ("shortv_llava_next_video", "shortv_llava_onevision")  # for their processors of videos
 PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
 
 RESULTS_SOURCE = "shortv evaluate"  # by which a card's metadata tell our results from others
@@ -90,10 +93,10 @@ TEMPLATE = (
 
 ## Limits
 
-- Only the prefill of prompts with images gets faster. Text-only prompts and generated tokens cost what they cost in the
-  base model, and the key-value cache is as large.
-- Answers can differ from the base model's, most where details of the picture matter. What the base model gets wrong,
-  makes up or is biased in, this one does too.
+- Freezing makes the prefill of prompts with images faster, and nothing else. Text-only prompts and generated tokens
+  cost what they cost in the base model, and the key-value cache is as large.
+- It can change answers, most where details of the picture matter. What the base model gets wrong, makes up or is biased
+  in, this one does too.
 - Loading needs `trust_remote_code=True`, for the two Python files of this repository. Read them, and pin `revision=` to
   the commit that you have read.
 
@@ -344,6 +347,9 @@ def _metadata(config, name: str, existing: ModelCard | None, scores: Sequence[Sc
     known = {key: value for key, value in known.items() if value}
     if "license" in known:  # these belong to the licence before
         entries = {key: value for key, value in entries.items() if key not in ("license_name", "license_link")}
+    for base in _listed((config.calibration or {}).get("base")):
+        if "/" in base:  # a Hub id; all that tells the base of a package that was loaded and saved again
+            entries.setdefault("base_model", split_revision(base)[0])
     family = config.model_type.removeprefix("shortv_").replace("_", "-")
     tags = [*_listed(entries.get("tags")), "custom_code", "shortv", family, "arxiv:2504.00502"]
     datasets = [*_listed(entries.get("datasets")), *_listed(known.get("datasets"))]
@@ -387,7 +393,7 @@ def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
             "source_url": scores_url(repo_id),
             "source_name": RESULTS_SOURCE,
             "notes": ", ".join(
-                [score.metric, f"{score.questions:,} questions",
+                [score.metric, f"{score.questions:,} question{'s' * (score.questions != 1)}",
                  *(["95% interval {:.2f} to {:.2f}".format(*score.interval)] if score.interval else []),
                  *([score.note] if score.note else [])]
             ),
@@ -479,22 +485,26 @@ def _intro(config, name: str, data: ModelCardData) -> str:
     frozen, ratio = _frozen(config), flops_ratio(config)
     title = f"# {' '.join(name.split('/')[-1].split())}\n\n"
     if not frozen:
-        return f"{title}{base} packaged for [ShortV]({PAPER}), with no layer replaced: it answers as its base does."
+        return (
+            f"{title}A vision-language model: {base}, packaged for [ShortV]({PAPER}) with no layer replaced. It "
+            "answers as its base does."
+        )
     quantised = _quantised_by(config)
     changed = "No weight is changed and nothing is trained."
     if quantised:
         changed = f"The weights are quantised ({quantised}), and nothing is trained."
     if config.correction_rank:
+        number = len(config.corrected_layers)
         changed += (
-            f" In {len(config.corrected_layers)} layers a linear map of rank {config.correction_rank} stands in for "
-            "that update; it is fitted in closed form."
+            f" In {number} layer{'s' * (number != 1)} a linear map of rank {config.correction_rank}, fitted in closed "
+            "form, stands in for that update."
         )
     return (
-        f"{title}{base}, made faster with [ShortV]({PAPER}): in {frozen} of the language model, visual tokens are "
-        "frozen. There they are only read, as keys and values, and their own update, which hardly changes the answer, "
-        f"is not computed. {changed} A prompt of "
-        f"{TEXT_TOKENS} text tokens and one picture ({image_tokens(config)} visual tokens) takes {ratio:.0%} of the "
-        f"base model's prefill FLOPs, so its first token can come up to {1 / ratio:.2f} times sooner."
+        f"{title}A vision-language model: {base}, made faster with [ShortV]({PAPER}), which freezes visual tokens in "
+        f"layers where updating them hardly matters. Here they are frozen in {frozen} of the language model: they are "
+        f"read there, as keys and values, and get no update of their own. {changed} A prompt of {TEXT_TOKENS} text "
+        f"tokens and one picture ({image_tokens(config)} visual tokens) takes {ratio:.0%} of the base model's prefill "
+        f"FLOPs, so its first token can come up to {1 / ratio:.2f} times as fast."
     )
 
 
@@ -511,6 +521,8 @@ def _quantised_by(config) -> str | None:
 def _use(config, name: str, tag: str | None, space: str | None) -> str:
     loaded = _quoted(name) + (f", revision={_quoted(tag)}" if tag else "")
     needed = ["transformers", "accelerate", "pillow"]
+    if config.vision_config.model_type == "pixtral" or config.model_type in NEEDS_TORCHVISION:
+        needed.append("torchvision")
     if (_quantised_by(config) or "").startswith("bitsandbytes"):
         needed.append("bitsandbytes")
     shown = f"Try it in [its Space](https://huggingface.co/spaces/{space}), or run it.\n\n" if space else ""
@@ -571,38 +583,59 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
     if config.correction_rank:
         parts.append(
             f"Layers with a correction, rank {config.correction_rank}: {', '.join(map(str, config.corrected_layers))}. "
-            "It was fitted for the layers above frozen together, and rests in layers that are not replaced."
+            "Corrections were fitted with all layers above frozen together; in a layer that is not replaced, one rests."
         )
     published = _published(config)
     if config.calibration:
         strategy = config.calibration.get("choice", {}).get("strategy", "lc")
         chosen_by = STRATEGIES.get(strategy, f"by the strategy {strategy}")
-        parts.append(f"They were chosen on this checkpoint {chosen_by}. The settings:")
+        parts.append(f"The layers were chosen on this checkpoint {chosen_by}. The settings of `shortv calibrate`:")
         parts.append(_settings(config.calibration))
     elif published:
         same = _is_published_for(config, data.base_model)
         parts.append(
-            "They are those that the authors of ShortV publish for "
+            "The layers are those that the authors of ShortV publish for "
             f"{'this checkpoint' if same else f'{published}, not calibrated on this checkpoint'}, found by Layer "
             "Contribution on 20 samples of GQA (testdev-balanced) and 20 of Flickr30K (test)."
         )
     elif _frozen(config):
-        parts.append("They were given by hand; no Layer Contribution scores were computed for this package.")
+        parts.append("The layers were given by hand; no Layer Contribution scores were computed for this package.")
     else:
         parts.append("None are replaced.")
     if (folder / "lc_scores.png").is_file():
         parts.append("![Layer Contribution of every layer, the replaced ones marked](lc_scores.png)")
     if config.lc_scores:
         what = {layer: frozen for name, frozen in LAYER_LISTS.items() for layer in getattr(config, name)}
-        rows = [(i, f"{score:.3e}", what.get(i, "")) for i, score in enumerate(config.lc_scores)]
-        tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
-        table = _table(("layer", f"LC of {tokens[0]} tokens", "frozen"), rows)
+        scores = _scores(folder / "calibration.json", config)
+        rows = [(i, *(f"{score:.3e}" for score in row), what.get(i, "")) for i, row in enumerate(zip(*scores.values()))]
+        names = [re.sub(r"^\w+", r"\g<0> tokens", name) for name in scores]
         parts.append(
             "A layer's Layer Contribution (LC) is the KL divergence of the next token's distribution when tokens are "
             "frozen in that layer alone; a low one marks a layer that they can skip."
         )
+        table = _table(("layer", *(f"LC of {name}" for name in names), "frozen"), rows)
         parts.append(f"<details>\n<summary>Scores of all layers</summary>\n\n{table}\n\n</details>")
     return "\n\n".join(parts)
+
+
+def _scores(path: Path, config) -> dict[str, Sequence[float]]:
+    """LC scores of all layers by what was scored: all that a calibration left behind, else the configuration's own."""
+    if path.is_file():
+        with _calibrated(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            scores = {name: [float(score) for score in each] for name, each in (found.get("scores") or {}).items()}
+        if scores and all(len(each) == len(config.lc_scores) for each in scores.values()):  # else they are of blocks
+            return scores
+    tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
+    return {tokens[0]: config.lc_scores}
+
+
+@contextmanager
+def _calibrated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ShortVError(f"{path}: no calibration wrote it so ({error!r}); calibrate again or remove it") from error
 
 
 def _settings(calibration: dict) -> str:
@@ -655,31 +688,36 @@ def _cost(folder: Path, config, data: ModelCardData) -> str:
 
 def _measured(path: Path, around: int = 2) -> list[str]:
     """What freezing was measured to cost, around the choice, if a calibration left that behind."""
-    try:
+    if not path.is_file():
+        return []
+    with _calibrated(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         curve = found["curves"][found["granularity"]]
         chosen = [entry["flops_ratio"] for entry in curve].index(found["flops_ratio"])
         corrected = any("corrected_cost" in entry for entry in curve)
         rows = []
         for number, entry in enumerate(curve[max(0, chosen - around) : chosen + around + 1], max(0, chosen - around)):
-            cells, mark = [entry["number"], f"{entry['flops_ratio']:.1%}"], "**" if number == chosen else ""
-            for cost in [entry["cost"], entry.get("corrected_cost")][: 1 + corrected]:
-                cells += _cost_cells(cost)
+            cells = [entry["number"], f"{entry['flops_ratio']:.1%}"]
+            cells += _cost_cells(entry.get("corrected_cost") if corrected else entry["cost"])
+            cells += _cost_cells(entry["cost"])[:1] * corrected
+            mark = "**" if number == chosen else ""
             rows.append([f"{mark}{cell}{mark}" if cell != "" else "" for cell in cells])
         held_out = len(found["held_out"])
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ShortVError(f"{path}: no calibration wrote it so ({error!r}); calibrate again or remove it") from error
-    names = "KL ± 95%", "same first token", "change of the answer's NLL"
-    header = f"frozen {found['granularity']}s", "FLOPs", *names, *[f"corrected: {name}" for name in names] * corrected
-    return [f"Measured against the base model on {held_out} samples not used for choosing:", _table(header, rows)]
+    header = [f"frozen {found['granularity']}s", "FLOPs", "KL ± 95%", "same token", "NLL"]
+    return [
+        f"Measured against the base model on {held_out} sample{'s' * (held_out != 1)} not used for choosing. KL: "
+        "divergence of the next token's distribution, in nats; same token: how often both have the same likeliest one; "
+        "NLL: change of the reference answer's negative log-likelihood, in nats a token."
+        + " Corrections are on, but for the last column." * corrected
+        + f" All figures: [{path.name}]({path.name}).",
+        _table(header + ["KL without correction"] * corrected, rows),
+    ]
 
 
 def _cost_cells(cost: dict | None) -> tuple[str, str, str]:
     if cost is None:
         return "", "", ""
-    change = "" if cost["nll_change"] is None else f"{cost['nll_change']:+.4f}"
+    change = "" if cost["nll_change"] is None else f"{round(cost['nll_change'], 4) + 0:+.4f}"  # no -0.0000
     interval = "" if cost["kl_interval"] is None else f" ± {cost['kl_interval']:.0e}"  # one sample tells none
     return f"{cost['kl']:.2e}{interval}", f"{cost['agreement']:.0%}", change
 
@@ -690,13 +728,14 @@ def _evaluation(scores: Sequence[Score], data: ModelCardData) -> str:
         return "## Evaluation\n\nNo benchmark results are recorded for this package."
     parts = ["## Evaluation"]
     if scores:
-        header = ["data", "questions", "metric", "this model"]
+        header, compared = ["data", "questions", "metric", "this model"], ""
         if any(score.base_score is not None for score in scores):
+            compared = ", for the base model with the same code, prompts and pictures"
             header += ["base model", "% of the base model's"]
         parts += [
-            "Measured by `shortv evaluate`, for the base model with the same code, prompts and pictures; in brackets, "
-            f"where the figure lies with 95% confidence, by resampling the pictures. All figures: [{EVALUATION_FILE}]"
-            f"({EVALUATION_FILE}).",
+            f"Measured by `shortv evaluate`{compared}; in brackets, where the figure lies with 95% confidence, by "
+            "resampling the pictures. Accuracy and F1 are in percent. All figures: "
+            f"[{EVALUATION_FILE}]({EVALUATION_FILE}).",
             _table(header, [_scores_row(score)[: len(header)] for score in scores]),
         ]
     if others:
@@ -735,12 +774,12 @@ def _terms(folder: Path, data: ModelCardData) -> str:
     told = {key: _listed(getattr(data, key)) for key in ("license", "license_name", "license_link")}
     licence = ", ".join(told["license_name"] or told["license"])
     if not licence:
-        return f"## Licence\n\nThe weights are those of {base} and stay under its terms, which are not recorded here."
+        return f"## Licence\n\nThe weights come from {base} and stay under its terms, which are not recorded here."
     named = f"[{licence}]({told['license_link'][0]})" if told["license_link"] else licence
     files = [f"[{path.name}]({path.name})" for path in files_like(folder, TERMS_PATTERNS)]
     parts = [
         "## Licence",
-        f"The weights are those of {base} and stay under its terms: {named}."
+        f"The weights come from {base} and stay under its terms: {named}."
         + (f" See {', '.join(files)}." if files else "")
         + " The two Python files are under Apache-2.0.",
     ]
@@ -749,5 +788,8 @@ def _terms(folder: Path, data: ModelCardData) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    """In GitHub's Markdown; columns of figures are aligned at the right."""
+    texts = [[str(cell).replace("|", r"\|") for cell in line] for line in (header, *rows)]
+    figures = [all(re.match(r"[*+-]*\d|$", cell) for cell in column[1:]) and any(column[1:]) for column in zip(*texts)]
+    texts.insert(1, ["---:" if each else "---" for each in figures])
+    return "\n".join(f"| {' | '.join(line)} |" for line in texts)

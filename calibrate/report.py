@@ -1,6 +1,7 @@
 """What a calibration found, for people: tables and pictures."""
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import chain, cycle
 from pathlib import Path
@@ -103,11 +104,11 @@ def draw_scores(
     """
     figure, axes = new_figure()
     for (name, values), marker in zip(scores.items(), cycle("os^vDP")):
-        [line] = axes.plot(range(len(values)), values, f"-{marker}", label=name, ms=5, clip_on=False)
+        label = re.sub(r"^\w+", r"\g<0> tokens", name)
+        [line] = axes.plot(range(len(values)), values, f"-{marker}", label=label, ms=5, clip_on=False)
         if name in intervals:
-            band = f"{name}, 95% interval"
             axes.fill_between(range(len(values)), *zip(*intervals[name]), color=line.get_color(), alpha=0.25, lw=0,
-                              label=band)  # fmt: skip
+                              label=f"{label}: 95% interval")  # fmt: skip
     visual = next(iter(scores.values()))
     for (key, name), color in zip(LAYER_LISTS.items(), ("0.85", "#cfe3f7", "#f7e3c8")):
         for index, layer in enumerate(frozen[key]):
@@ -121,7 +122,7 @@ def draw_scores(
 
 
 def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
-    """FLOPs ratio against divergence for every number of frozen units, the choice marked.
+    """FLOPs ratio against divergence, with its interval, for every number of frozen units, the choice marked.
 
     Args:
         candidates: [`Candidate`]s by granularity.
@@ -130,14 +131,18 @@ def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
     figure, axes = new_figure()
     drawn = []
     for (name, candidate), marker in zip(candidates.items(), "os"):
-        for key, label in (("cost", f"{name}s"), ("corrected_cost", f"{name}s, corrected")):
-            points = [(entry["flops_ratio"], entry[key].kl) for entry in candidate.curve if key in entry]
-            if points:
-                style = f"-{marker}" if key == "cost" else f"--{marker}"
-                axes.plot(*zip(*points), style, label=label, ms=4, clip_on=False)
-                drawn += [kl for _, kl in points]
-    axes.plot([taken.chosen["flops_ratio"]], [taken.cost.kl], "*", color="black", ms=14, label="chosen")
+        for key, label in (("cost", f"{name}s frozen"), ("corrected_cost", f"{name}s frozen, corrected")):
+            points = [(entry["flops_ratio"], entry[key]) for entry in candidate.curve if key in entry]
+            if not points:
+                continue
+            ratios, costs = zip(*points)
+            kls, style = [cost.kl for cost in costs], f"-{marker}" if key == "cost" else f"--{marker}"
+            halves = [cost.kl_interval or 0 for cost in costs]
+            bars = [max(0, min(kl, half)) for kl, half in zip(kls, halves)], halves  # none below 0
+            axes.errorbar(ratios, kls, bars, fmt=style, label=label, ms=4, elinewidth=1, capsize=2, clip_on=False)
+            drawn += kls
+    axes.plot([taken.chosen["flops_ratio"]], [taken.cost.kl], "*", color="black", ms=14, zorder=3, label="this package")
     log_with_zero(axes, drawn)
-    axes.set(xlabel=FLOPS_AXIS, ylabel="KL divergence from the unfrozen model (nats)")
+    axes.set(xlabel=FLOPS_AXIS, ylabel="KL divergence from the unfrozen model (nats)\nbars: 95% interval")
     as_percent(axes)
     save_figure(figure, axes, path)

@@ -153,7 +153,8 @@ def run(
     report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
     report.tell(results, f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}", figure, note)
     if numbers:
-        report.draw_sweep(output / "sweep.png", results, f"{name}, {figure}" if figure else name)
+        unit = "" if metric in ("mme", "cider") else " (%)"
+        report.draw_sweep(output / "sweep.png", results, f"{name}: {figure}{unit}" if figure else name)
     if task:
         _write_uploads(task, questions, results, output)
     if card is not None:

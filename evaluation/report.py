@@ -109,9 +109,10 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
         value = result.agreement if result.headline is None else result.headline
         axes.annotate(result.name.removesuffix("-layers"), (result.flops_ratio, value), (0, 5), fontsize=7,
                       textcoords="offset points", ha="center")  # fmt: skip
-    ylabel = f"score: {label}" if results[0].headline is not None else "answers equal to the dense model's (%)"
+    ylabel = label if results[0].headline is not None else "answers equal to the dense model's (%)"
     axes.set(xlabel=f"{FLOPS_AXIS}\nnumbers at the points: layers replaced", ylabel=ylabel)
     as_percent(axes)
+    axes.margins(y=0.12)  # room for the numbers
     with replacing_file(path) as unfinished:
         save_figure(figure, axes, unfinished)
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from shortv_llava.calibrate import report
-from shortv_llava.calibrate.cost import CostMeter
+from shortv_llava.calibrate.cost import Cost, CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import (
     draw,
@@ -298,6 +298,19 @@ class TestReport:
         assert heights[0] < heights[1] < heights[2]
         [band] = axes.collections
         assert {2e-3, 3e-7} <= {y for _, y in band.get_paths()[0].vertices}
+
+    def test_costs_are_drawn_with_their_intervals(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+        kls = (0.0, 0.0), (-1e-17, 1e-17), (1e-3, 2e-3), (1e-2, None)
+        costs = [Cost(*each, 1.0, None) for each in kls]
+        curve = [{"flops_ratio": 1 - number / 10, "cost": cost} for number, cost in enumerate(costs)]
+        candidate = SimpleNamespace(curve=curve, chosen=curve[2], cost=costs[2])
+        report.draw_tradeoff(tmp_path / "tradeoff.png", {"layer": candidate}, candidate)
+        [axes] = drawn
+        [bars] = axes.collections
+        assert [[y for _, y in bar] for bar in bars.get_segments()][2:] == [[0, 3e-3], [1e-2, 1e-2]]
+        assert "95% interval" in axes.get_ylabel() and axes.get_ylim()[0] == 0
 
     def test_a_prompt_longer_than_the_context(self, model, processor):
         sample = embedded_samples()[0]._replace(question="word " * 3000)

@@ -63,6 +63,7 @@ CALIBRATION = {
     "flops_ratio": 0.55,
     "cost": {"kl": 0.1},
 }
+COST = {"kl": 0.02, "kl_interval": 0.001, "agreement": 0.9, "nll_change": -1e-6}
 
 
 def published_folder(folder: Path, name: str, **settings) -> Path:
@@ -139,6 +140,8 @@ def test_calibrated_layers(tmp_path):
     assert "| 4 | 93.8% |" in card.text and "| 5 | 92" not in card.text
     assert card.data.datasets == ["lmms-lab-encoder/GQA"]
 
+    assert card.data.base_model == "llava-hf/llava-1.5-7b-hf"
+
     settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
     folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
     text = make_card(folder, "me/it").text
@@ -146,6 +149,51 @@ def test_calibrated_layers(tmp_path):
     (folder / "calibration.json").write_text('{"curves": []}')
     with pytest.raises(ShortVError, match="calibration.json"):
         make_card(folder, "me/it")
+
+
+def test_a_calibration_with_corrections(tmp_path):
+    """What chose the layers is shown, and the costs are those of the package, which has corrections on."""
+    scores = [0.5 / (layer + 1) for layer in range(32)]
+    settings = {"correction_rank": 64, "corrected_layers": [31], "lc_scores": scores, "calibration": CALIBRATION}
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b", replaced_layers=[31], **settings)
+    entry = {"number": 1, "flops_ratio": 0.55, "cost": COST | {"kl": 0.3}, "corrected_cost": COST}
+    found = CALIBRATION | {"held_out": ["a"], "curves": {"layer": [entry]}}
+    found["scores"] = {"visual": scores, "visual, corrected": [0.25] * 32}
+    (folder / "calibration.json").write_text(json.dumps(found))
+    text = make_card(folder, "me/it").text
+    for said in [
+        "In 1 layer a linear map of rank 64",
+        "on 1 sample not used",
+        "| layer | LC of visual tokens | LC of visual tokens, corrected | frozen |\n| ---: | ---: | ---: | --- |",
+        "| 31 | 1.562e-02 | 2.500e-01 | layer |",
+        "| frozen layers | FLOPs | KL ± 95% | same token | NLL | KL without correction |\n" + "| ---: " * 6 + "|",
+        "| **1** | **55.0%** | **2.00e-02 ± 1e-03** | **90%** | **+0.0000** | **3.00e-01 ± 1e-03** |",
+    ]:
+        assert said in text
+    found["scores"] = {"visual, attention": [0.1] * 64}  # of blocks
+    (folder / "calibration.json").write_text(json.dumps(found))
+    assert "| layer | LC of visual tokens | frozen |" in make_card(folder, "me/it").text
+    for scores in ([1], {"visual": ["a"]}, {"visual": 1}):
+        (folder / "calibration.json").write_text(json.dumps(found | {"scores": scores}))
+        with pytest.raises(ShortVError, match="no calibration wrote it so"):
+            make_card(folder, "me/it")
+
+
+@pytest.mark.parametrize(
+    ("entries", "needed"),
+    [
+        ({"model_type": "shortv_llava_onevision"}, "torchvision"),
+        ({"vision_config": {"model_type": "pixtral"}}, "torchvision"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({}, "pillow"),
+    ],
+)
+def test_what_the_snippets_need(tmp_path, entries, needed):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+    [command] = re.findall("`pip install (.*?)`", make_card(folder, "me/it").text)
+    assert command.split()[-1] == needed
 
 
 @pytest.mark.parametrize(
