@@ -89,11 +89,15 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
     def ask(picture: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
         """Both answers, growing, or under them why there is none; nothing where nothing was asked."""
         if not question.strip():
+            yield gr.skip()  # without a yield Gradio would empty all that the page shows
             return
         try:
             yield from answers(picture, question.strip(), number, compare, chats)
         except ShortVError as error:
-            yield {figure[SHORTV]: str(error)}
+            message = str(error)
+            if picture is not None:  # the folder of an uploaded file is this machine's
+                message = message.replace(picture, Path(picture).name)
+            yield {figure[SHORTV]: message.replace("<", "\\<"), box: question}  # Markdown would swallow it
 
     def answers(file: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
         """`chats` holds each side's conversation as chat templates take it, text last."""
@@ -107,7 +111,7 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
             messages = [*chats[side], {"role": "user", "content": content}]
             set_layers(side, number)
             updates |= {chat[side]: shown(messages), figure[side]: "…"}
-            yield updates
+            yield updates if side == DENSE else updates | {box: ""}  # what is typed from now on is the next question
             for text, seconds, ratio in generate(model, processor, messages, max_new_tokens):
                 answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
                 figures = (
@@ -117,7 +121,7 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
                 updates |= {chat[side]: shown([*messages, answer]), figure[side]: figures}
                 yield updates
             chats = {**chats, side: [*messages, answer]}
-        yield updates | {conversations: chats, box: ""}
+        yield updates | {conversations: chats}
 
     def shown(messages: list[dict]) -> list[dict]:
         return [{**message, "content": message["content"][-1]["text"]} for message in messages]

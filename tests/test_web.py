@@ -141,12 +141,14 @@ def asked(gradio_client, model_and_processor):
 
 
 def test_an_empty_question_does_nothing(asked):
-    assert asked(" \n ") == []
+    """Gradio's word for that, without which it empties all that the page shows."""
+    assert asked(" \n ") == [["update"]]
 
 
 @pytest.mark.parametrize("question, words", [("<image> and?", "<image>"), ("word " * 3000, "new conversation")])
 def test_questions_that_cannot_be_answered_say_why_under_the_answers(asked, question, words):
-    assert words in asked(question)[-1][-1]
+    *_, message, box = asked(question)[-1]
+    assert words in message.replace("\\<", "<") and "<image>" not in message.replace("\\<", "") and box == question
 
 
 @pytest.mark.parametrize(
@@ -164,14 +166,15 @@ def test_broken_pictures_say_why_under_the_answers(asked, tmp_path, data, words)
         Image.new("RGB", data).save(path)
     elif data is not None:
         path.write_bytes(data)
-    [[message]] = asked(QUESTION, path)
-    assert "a.png" in message and words in message
+    [[message, box]] = asked(QUESTION, path)
+    assert message.startswith("a.png: ") and words in message and box == QUESTION
 
 
 def test_the_question_is_shown_at_once_and_nothing_covers_the_answers(asked, model_and_processor):
     from shortv_llava.web import build
 
-    shown, figures = asked(QUESTION)[0]
+    [shown, figures, box], *others = asked(QUESTION)
+    assert box == "" and all("" not in update for update in others)  # what is typed meanwhile is kept
     assert shown == [{"role": "user", "content": QUESTION}] and figures == "…"
     functions = {fn.api_name: fn.show_progress for fn in build(*model_and_processor, "x", 2).fns.values()}
     assert functions["ask"] == functions["start_anew"] == "hidden"
