@@ -110,7 +110,7 @@ def package(
 
         shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
     """
-    with _loading(base):
+    with loading(base):
         from shortv_llava.package import (
             BY_HAND,
             check_name,
@@ -185,21 +185,22 @@ def push(
     if space and (revision or create_pr):
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
-    with _loading(folder):
+    with loading(folder):
+        from shortv_llava.push_to_hub import check_options, push_space
         from shortv_llava.push_to_hub import push as run
-        from shortv_llava.push_to_hub import push_space
+
+        where = {"revision": revision, "tag": tag, "collection": collection, "weights_from": weights_from}
+        check_options(folder, repo_id, **where, dry_run=dry_run)
+        import shortv_llava.modeling_shortv_llava  # noqa: F401, takes seconds
 
     pushed = run(
         folder,
         repo_id,
+        **where,
         private=private,
-        revision=revision,
         create_pr=create_pr,
         message=message,
         license=license,
-        weights_from=weights_from,
-        tag=tag,
-        collection=collection,
         space=space,
         dry_run=dry_run,
     )
@@ -215,7 +216,7 @@ def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
 
 
 @contextmanager
-def _loading(what: str | Path) -> Iterator[None]:
+def loading(what: str | Path) -> Iterator[None]:
     """A spinner on standard error while options are checked and libraries imported; none where that is no terminal."""
     from rich.console import Console
     from rich.live import Live
@@ -323,7 +324,7 @@ def calibrate(
 
         shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
     """
-    with _loading(base):
+    with loading(base):
         from dataclasses import replace
 
         from shortv_llava.calibrate.samples import check_sources, fit_samples, load_samples
@@ -472,14 +473,14 @@ def chat(
     if web:
         if find_spec("gradio") is None:
             raise ShortVError("--web needs gradio: pip install gradio")
-        with _loading(model):
+        with loading(model):
             from shortv_llava.web import show
 
         loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
         return show(loaded.model, loaded.processor, Path(model).name, max_new_tokens)
 
     images = [(load_image(source), source) for source in image or ()]
-    with _loading(model):
+    with loading(model):
         from shortv_llava.chat import Conversation, Terminal
 
     loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
@@ -552,7 +553,7 @@ def evaluate(
 
         typer.echo("\n".join(sorted(TASKS)))
         raise typer.Exit
-    with _loading(model):
+    with loading(model):
         from shortv_llava.evaluation.command import Data, check, run
         from shortv_llava.package import check_name, leave_processes, parse_layers
 
@@ -600,8 +601,7 @@ def bench(context: typer.Context) -> None:
 
         shortv bench decoding --help
     """
-    with _loading("the benchmarks"):
-        from shortv_llava.benchmarks.command import app as benchmarks
+    from shortv_llava.benchmarks.command import app as benchmarks
 
     benchmarks(args=context.args, prog_name="shortv bench")
 
@@ -619,7 +619,7 @@ def serve(
 
         shortv serve llava-1.5-7b-shortv --port 8001 --tensor-parallel-size 2
     """
-    with _loading(package), suppress(ImportError):  # without it the next line says what to do
+    with loading(package), suppress(ImportError):  # without it the next line says what to do
         import vllm  # noqa: F401, takes seconds
 
     from shortv_llava.serving.command import serve as run
@@ -637,7 +637,7 @@ def demo(
 
         shortv demo
     """
-    with _loading("the embedded checkpoint"):
+    with loading("the embedded checkpoint"):
         from shortv_llava.package import check_output
 
         check_output(output, overwrite=True)

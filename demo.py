@@ -6,8 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shortv_llava.benchmarks.models import SHAPES, make_pair
+from shortv_llava.benchmarks.models import make_pair
 from shortv_llava.benchmarks.prefill import Variant, measure
+from shortv_llava.benchmarks.sizes import SHAPES
 from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
 from shortv_llava.calibrate.selection import Choice, number_of_layers

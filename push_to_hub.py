@@ -34,7 +34,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from shortv_llava.conversion import is_original
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.model_card import (
     eval_results_file,
@@ -63,7 +62,6 @@ from shortv_llava.package import (
     split_revision,
 )
 from shortv_llava.processors import files_like, outdated_files
-from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards, weight_index
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +153,11 @@ def push(
         ShortVError: if the folder is no complete package, or the Hub does not do its part. The repository is as before,
             or as the message says.
     """
-    _check_target(repo_id, revision, tag)
-    read_config(folder)  # a wrong folder is told before a missing login
-    if not dry_run:
-        _check_access(repo_id)
+    check_options(
+        folder, repo_id, revision=revision, tag=tag, weights_from=weights_from, collection=collection, dry_run=dry_run
+    )
     config = check_package(folder, with_weights=weights_from is None)
     print(f"{folder}: is complete; asking for what {repo_id} holds", flush=True)
-    _check_online(repo_id)
     api = HfApi()
     with _hub_errors(repo_id):
         remote = _remote(api, repo_id, revision)
@@ -197,6 +193,29 @@ def push(
     return Pushed(changes, url)
 
 
+def check_options(
+    folder: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    tag: str | None = None,
+    weights_from: str | None = None,
+    collection: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Raises [`ShortVError`] if options, as for [`push`], are wrong: all that is told before the long work."""
+    _check_target(repo_id, revision, tag)
+    if weights_from is not None:
+        if "src_repo_id" not in {field.name for field in fields(CommitOperationCopy)}:
+            installed = huggingface_hub.__version__
+            raise ShortVError(f"--weights-from needs huggingface_hub 2.0 or newer, installed is {installed}; update it")
+        _check_target(split_revision(weights_from)[0])
+    if collection is not None:
+        _slug(collection)
+    _package_config(folder)  # a wrong folder is told before a missing login
+    _check_access(repo_id, dry_run)
+
+
 def push_space(
     repo_id: str,
     *,
@@ -216,9 +235,7 @@ def push_space(
         ShortVError: if the Hub does not do its part. The Space is as before.
     """
     _check_target(repo_id)
-    if not dry_run:
-        _check_access(repo_id)
-    _check_online(repo_id)
+    _check_access(repo_id, dry_run)
     api, name = HfApi(), f"spaces/{repo_id}"
     with _hub_errors(name):
         remote = _remote(api, repo_id, None, "space")
@@ -271,9 +288,7 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
     Raises:
         ShortVError: if it is no package, or something in it is missing, damaged or does not fit.
     """
-    config = read_config(folder)
-    if config["model_type"] not in MODEL_TYPES.values():
-        raise ShortVError(f"{folder}: is a plain LLaVA checkpoint; make a package of it with shortv package")
+    config = _package_config(folder)
     try:
         complete = package_config(config)
     except Exception as error:  # a nonsensical entry fails in ways that differ by version
@@ -295,6 +310,13 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
                 logger.warning(f"{folder}: {', '.join(outdated)} should be otherwise; make the package again")
         except Exception as error:  # broken files fail in ways that differ by version
             logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
+    return config
+
+
+def _package_config(folder: Path) -> dict:
+    config = read_config(folder)
+    if config["model_type"] not in MODEL_TYPES.values():
+        raise ShortVError(f"{folder}: is a plain LLaVA checkpoint; make a package of it with shortv package")
     return config
 
 
@@ -337,14 +359,10 @@ def _check_target(repo_id: str, revision: str | None = None, tag: str | None = N
             raise ShortVError(f"{option} {name!r}: is no name for a branch or tag; use letters, digits, . _ and -")
 
 
-def _check_online(repo_id: str) -> None:
+def _check_access(repo_id: str, dry_run: bool) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ShortVError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish, or to see what would change")
-
-
-def _check_access(repo_id: str) -> None:
-    _check_online(repo_id)
-    if not huggingface_hub.get_token():
+    if not dry_run and not huggingface_hub.get_token():
         raise ShortVError(f"{repo_id}: no token was found; run `hf auth login` or set HF_TOKEN")
 
 
@@ -379,9 +397,9 @@ def _files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> d
 
 def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
     """The weights to copy, which must be those of this package."""
-    if "src_repo_id" not in {field.name for field in fields(CommitOperationCopy)}:
-        installed = huggingface_hub.__version__
-        raise ShortVError(f"--weights-from needs huggingface_hub 2.0 or newer, installed is {installed}; update it")
+    from shortv_llava.conversion import is_original
+    from shortv_llava.tensors import SINGLE_WEIGHT_FILES, listed_shards, weight_index
+
     repo_id, revision = split_revision(spec)
     with _hub_errors(spec):
         commit = api.repo_info(repo_id, revision=revision).sha
@@ -570,11 +588,16 @@ def _find_collection(api: HfApi, collection: str | None) -> str | None:
     """The slug of a collection that is there, from its slug or address."""
     if collection is None:
         return None
+    slug = _slug(collection)
+    with _hub_errors(f"collection {slug}"):
+        return api.get_collection(slug).slug
+
+
+def _slug(collection: str) -> str:
     slug = collection.rpartition("/collections/")[2]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", slug):
         raise ShortVError(f"{collection}: no collection; give the end of its address, owner/title-0123456789abcdef")
-    with _hub_errors(f"collection {slug}"):
-        return api.get_collection(slug).slug
+    return slug
 
 
 def _put_into_collection(api: HfApi, slug: str | None, repo_id: str, kind: str) -> None:

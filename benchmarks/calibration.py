@@ -6,12 +6,11 @@ with the visual tokens put back there to what they were. Both sides take turns i
 
 import statistics
 import time
-from typing import Annotated
 
 import torch
-import typer
 
-from shortv_llava.benchmarks.models import make_inputs, make_pair, scaled
+from shortv_llava.benchmarks.models import make_inputs, make_pair
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.calibrate.contribution import divergence, layer_contribution
 
 
@@ -31,15 +30,9 @@ def one_pass_each(model, inputs) -> torch.Tensor:
     return divergence(original, torch.stack(variants), "release").mean(dim=1)
 
 
-def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
-    text_tokens: int = 64,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    pairs: int = 3,
-) -> None:
+def run(shape: Shape, text_tokens: int, pairs: int) -> None:
     """Compare the time of one sample's scores."""
-    shape = scaled(width, num_layers, image_side)
+    num_layers = shape.num_layers
     stock, ours = make_pair(shape)
     inputs = make_inputs(ours, shape, text_tokens)
 

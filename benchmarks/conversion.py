@@ -6,13 +6,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from shortv_llava.errors import ShortVError
 from shortv_llava.json_files import write_json
 from shortv_llava.tensors import PlannedTensor, StoredTensor, write_shard
 
@@ -31,27 +28,19 @@ PROGRAM = """if True:
 GB = 1e9
 
 
-def main(
-    hidden: Annotated[int, typer.Option(help="Of the language model; with the next three, a 7B's.")] = 4096,
-    intermediate: Annotated[int, typer.Option()] = 11008,
-    layers: Annotated[int, typer.Option()] = 32,
-    vocabulary: Annotated[int, typer.Option()] = 32000,
-    first_shard: Annotated[float, typer.Option(help="GB of the first shard; the second has the rest.")] = 10.0,
-    rank: Annotated[int, typer.Option(help="Of the LoRA, on all linear layers, in float32.")] = 128,
-    folder: Annotated[
-        Path | None, typer.Option(help="With room for the weights twice; of the system's if none.")
-    ] = None,
+def run(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    vocabulary: int,
+    first_shard: float,
+    rank: int,
+    folder: Path | None,
 ) -> None:
-    """Highest resident memory of the conversion and of the merging, beside the largest shard.
+    """Print both peaks.
 
     Mapped files count: what is read of a shard is resident until the next is opened.
-
-    Example:
-
-        shortv bench conversion --layers 4 --first-shard 1
     """
-    if not Path("/proc/self/status").exists():
-        raise ShortVError("the highest resident memory of a process is read from /proc, which this system has not")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         original, adapter, output = (Path(temporary, name) for name in ("llava-original", "llava-lora", "output"))
         text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}

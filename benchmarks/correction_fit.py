@@ -1,12 +1,11 @@
 """Seconds and memory of fitting corrections, measured on one shape and worked out for another by operations."""
 
 import time
-from typing import Annotated
 
 import torch
-import typer
 
-from shortv_llava.benchmarks.models import Shape, find_shape, make_inputs, make_pair
+from shortv_llava.benchmarks.models import make_inputs, make_pair
+from shortv_llava.benchmarks.sizes import Shape, find_shape
 from shortv_llava.calibrate.correction import FitSample, Regression, fit_corrections
 from shortv_llava.flops import prefill_flops
 
@@ -27,15 +26,15 @@ def solve_seconds(size: int, rank: int, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def main(
-    model: Annotated[str, typer.Option(help="Measured: a name as in `shortv bench prefill`.")] = "scaled",
-    wanted: Annotated[str, typer.Option("--for", help="Worked out: another of these names.")] = "llava-1.5-7b",
-    layers: Annotated[float, typer.Option(help="Share of layers replaced.")] = 0.8,
-    rank: int = 64,
-    pictures: int = 8,
-    samples: Annotated[int, typer.Option(help="Pictures that are worked out.")] = 200,
-    text_tokens: int = 64,
-    device: str = "cpu",
+def run(
+    model: str,
+    wanted: str,
+    layers: float,
+    rank: int,
+    pictures: int,
+    samples: int,
+    text_tokens: int,
+    device: str,
 ) -> None:
     """Time a fit on a model of random weights in float32, and say what one of another shape takes at that rate."""
     shape, other = find_shape(model), find_shape(wanted)

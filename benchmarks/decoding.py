@@ -1,28 +1,17 @@
 """Decoding after a prompt with an image, against the stock model: a ShortV layer is then the stock layer."""
 
-from typing import Annotated
-
 import torch
-import typer
 from transformers import DynamicCache, StaticCache
 
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.benchmarks.models import SHAPES, find_shape, make_inputs, make_pair
+from shortv_llava.benchmarks.models import make_inputs, make_pair
+from shortv_llava.benchmarks.sizes import find_shape
 from shortv_llava.package import cache_name
 
 
 @torch.no_grad()
-def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "scaled",
-    tokens: Annotated[int, typer.Option(min=1, help="Decoded one by one, by each model.")] = 200,
-    compile: Annotated[bool, typer.Option("--compile", help="Also the static cache with torch.compile.")] = False,
-) -> None:
-    """Time of a decoded token with a growing and with a static cache, 60% of the layers replaced.
-
-    Example:
-
-        shortv bench decoding --compile
-    """
+def run(model: str, tokens: int, compile: bool) -> None:
+    """Time of a decoded token with a growing and with a static cache, 60% of the layers replaced."""
     shape, on_gpu = find_shape(model), torch.cuda.is_available()
     stock, ours = make_pair(shape, *(("cuda", torch.bfloat16) if on_gpu else ()))
     ours.set_replaced_layers(shape.layers(round(0.6 * shape.num_layers)))

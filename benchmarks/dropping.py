@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from shortv_llava.calibrate.contribution import last_tokens
-from shortv_llava.evaluation.methods import (
-    Dropping,
+from shortv_llava.evaluation.hiding import (
     by_name,
     forward_pre_hooks,
     last_row_attention,
@@ -17,6 +16,7 @@ from shortv_llava.evaluation.methods import (
     seen_before,
     visual_tokens,
 )
+from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.modeling_shortv_llava import FrozenTokens
 from shortv_llava.package import cache_name
 

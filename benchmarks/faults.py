@@ -17,9 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -253,18 +251,8 @@ def tampered(number: int) -> Iterator[tuple[str, str, Callable]]:
         yield change[0], "model.safetensors", change[1]
 
 
-def main(
-    kills: Annotated[int, typer.Option(min=0, help="Of each command at random moments.")] = 50,
-    at_end: Annotated[int, typer.Option(min=0, help="Kills of each command aimed at its end.")] = 20,
-    weights: Annotated[int, typer.Option(min=0, help="Tampered weight files.")] = 40,
-    seed: int = 0,
-) -> None:
-    """Commit faults, and count what is lost, half-written or ends in a traceback.
-
-    Example:
-
-        shortv bench faults --kills 5 --at-end 2 --weights 8
-    """
+def run(kills: int, at_end: int, weights: int, seed: int) -> None:
+    """Commit faults, and count what is lost, half-written or ends in a traceback."""
     random.seed(seed)
     counts = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,16 +1,14 @@
 """Random LLaVA models of given shapes, stock and ShortV with the same weights, and prompts for them."""
 
 import os
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.errors import ShortVError
-from shortv_llava.package import PUBLISHED
 from shortv_llava.processors import load_processor
 
 PATCH = 14
@@ -20,50 +18,6 @@ BEFORE_IMAGE = 35  # text tokens before the image in LLaVA's prompts
 # MKL cuts a product across its rows; with those of a short text every thread then packs the whole weight matrix. Cut
 # along the weights instead, for both models alike. Read at the first product.
 os.environ.setdefault("MKL_NUM_STRIPES", str(torch.get_num_threads()))
-
-
-class Shape(NamedTuple):
-    """Sizes of a model and its images. A LLaVA-NeXT image is timed as five tiles of LLaVA-1.5's size in a row."""
-
-    width: int
-    num_layers: int
-    ffn: int
-    head_size: int = 64
-    image_side: int = 24  # visual tokens of a tile are its square
-    tiles: int = 1
-    published: str | None = None  # the model whose list of layers is taken
-
-    @property
-    def visual_tokens(self) -> int:
-        return self.tiles * self.image_side**2
-
-    def layers(self, number: int) -> list[int]:
-        """The first of the published list and, beyond it or without one, the others from the last layer on."""
-        order = list(PUBLISHED[self.published].replaced_layers) if self.published else []
-        order += [layer for layer in reversed(range(self.num_layers)) if layer not in order]
-        return order[:number]
-
-
-def scaled(width: int = 1024, num_layers: int = 16, image_side: int = 24, tiles: int = 1) -> Shape:
-    """Llama's proportions at any width."""
-    return Shape(width, num_layers, width * 43 // 16, image_side=image_side, tiles=tiles)
-
-
-SHAPES = {
-    "scaled": scaled(),
-    "scaled-next": scaled(tiles=5),
-    "llava-1.5-7b": Shape(4096, 32, 11008, 128, published="llava-1.5-7b"),
-    "llava-1.5-13b": Shape(5120, 40, 13824, 128, published="llava-1.5-13b"),
-    "llava-next-7b": Shape(4096, 32, 11008, 128, tiles=5, published="llava-next-7b"),
-    "llava-next-13b": Shape(5120, 40, 13824, 128, tiles=5, published="llava-next-13b"),
-}
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of this name; [`ShortVError`] if there is none."""
-    if name not in SHAPES:
-        raise ShortVError(f"there is no model {name!r}; there are {', '.join(SHAPES)}")
-    return SHAPES[name]
 
 
 def make_pair(

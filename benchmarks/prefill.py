@@ -4,10 +4,9 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.benchmarks.measure import WARM_UP, compare, compare_memory, machine, write_json
-from shortv_llava.benchmarks.models import SHAPES, Shape, find_shape, fuse_norms, make_inputs, make_pair
+from shortv_llava.benchmarks.models import fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.replay import replayed
+from shortv_llava.benchmarks.sizes import SHAPES, Shape, check_layers_of, find_shape
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.methods import Dropping, Method, check_layers, parse_methods
+from shortv_llava.evaluation.methods import Dropping, Method
 from shortv_llava.figures import new_figure, save_figure
 from shortv_llava.flops import flops_ratio
 from shortv_llava.outputs import replacing_file
@@ -160,72 +160,47 @@ def draw(path: Path, rows: list[dict]) -> None:
         save_figure(figure, axes, unfinished)
 
 
-def main(
-    model: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; by default the first two, on a GPU the others.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Numbers of replaced layers, as `8,16,19`; the paper's by default.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="As of `shortv evaluate`: `shortv,fastv:2:0.5,vtw:16`, visual tokens really dropped."),
-    ] = None,
-    attention: Annotated[str, typer.Option(help="Implementations, as `sdpa,eager`.")] = "sdpa",
-    batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
-    text_tokens: int = 64,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Also with both models captured, which leaves the host's time out.")
-    ] = False,
-    fused_norms: Annotated[
-        bool, typer.Option("--fused-norms", help="Norms of both models as one kernel each, as with `use_kernels=True`.")
-    ] = False,
-    correction_rank: Annotated[int, typer.Option(min=0, help="Of corrections of the frozen tokens; 0 for none.")] = 0,
-    pairs: Annotated[int, typer.Option(min=1, help="Of runs, dense and ShortV.")] = 11,
-    output: Annotated[Path | None, typer.Option(help="Folder for prefill.json and prefill.png.")] = None,
-) -> None:
-    """Time to first token and memory against the stock model, and the share of the bound 1/r.
+def models(shape: Shape, device: str, dtype: torch.dtype, attention: str, correction_rank: int, fused_norms: bool):
+    """(stock, ours).
 
-    Without a GPU: float32, models of 1024 width. With one: bfloat16, the four published models' shapes.
-
-    Examples:
-
-        shortv bench prefill
-
-        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --cuda-graphs --output results
-
-        shortv bench prefill --model llava-1.5-7b --method shortv,fastv:2:0.5,vtw:16,shortv+fastv:2:0.5
+    Raises:
+        ShortVError: if transformers has no such attention.
     """
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    names = model or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
-    shapes = {name: find_shape(name) for name in names}
     try:
-        numbers = [int(number) for number in layers.split(",")] if layers is not None else None
-        batches = [int(size) for size in batch.split(",")]
-    except ValueError as error:
-        raise ShortVError(f"--layers and --batch are numbers separated by commas: {error}") from None
-    if min(batches) < 1 or any(not 0 <= n <= shapes[name].num_layers for n in numbers or () for name in names):
-        raise ShortVError("--batch starts at 1, --layers lie between 0 and the model's number of layers")
+        pair = make_pair(shape, device, dtype, attention, correction_rank)
+    except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
+        raise ShortVError(f"no model with attention {attention!r}: {error}") from None
+    for model in pair if fused_norms else ():
+        fuse_norms(model)
+    return pair
 
-    methods = parse_methods(method) if method is not None else []
-    for shape in shapes.values():
-        check_layers(methods, shape.num_layers)
-    if cuda_graphs and any(found.dropping for found in methods):
-        raise ShortVError("--cuda-graphs: which tokens a method drops is only known in the pass; leave one of both out")
+
+def run(
+    names: list[str] | None,
+    numbers: list[int] | None,
+    methods: list[Method],
+    attention: list[str],
+    batches: list[int],
+    text_tokens: int,
+    cuda_graphs: bool,
+    fused_norms: bool,
+    correction_rank: int,
+    pairs: int,
+    output: Path | None,
+) -> None:
+    """Time to first token and memory against the stock model, and the share of the bound 1/r."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    names = names or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
+    check_layers_of(names, numbers or (), methods)
+    shapes = {name: find_shape(name) for name in names}
     if cuda_graphs and device == "cpu":
         raise ShortVError("--cuda-graphs needs a GPU")
 
     rows, console = [], Console()
     for name in names:
         console.print(f"{name}: making two models of {shapes[name].num_layers} layers of width {shapes[name].width}")
-        for implementation in attention.split(","):
-            try:
-                stock, ours = make_pair(shapes[name], device, dtype, implementation, correction_rank)
-            except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
-                raise ShortVError(f"no model with attention {implementation!r}: {error}") from None
-            if fused_norms:
-                fuse_norms(stock)
-                fuse_norms(ours)
+        for implementation in attention:
+            stock, ours = models(shapes[name], device, dtype, implementation, correction_rank, fused_norms)
             for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
                 title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
                 title += ", CUDA graphs" * captured + ", fused norms" * fused_norms

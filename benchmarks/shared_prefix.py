@@ -5,29 +5,19 @@ Random weights answer with random tokens, so every answer is given the same numb
 
 import statistics
 import time
-from typing import Annotated
 
-import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import make_pair, make_processor
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.questions import Question
 
 
-def main(
-    questions: Annotated[int, typer.Option(help="About the picture.")] = 32,
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
-    new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 2,
-    batch_size: int = 16,
-    pairs: int = 3,
-) -> None:
+def run(shape: Shape, questions: int, fraction: float, new_tokens: int, batch_size: int, pairs: int) -> None:
     """Compare the time of all answers."""
-    shape = scaled(width, num_layers, image_side)
+    num_layers = shape.num_layers
     _, model = make_pair(shape)
     processor, side = make_processor(model), model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 64).convert("RGB")

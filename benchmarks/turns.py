@@ -1,24 +1,17 @@
 """Time to first token in the first and second turn of a chat."""
 
 import statistics
-from typing import Annotated
 
-import typer
 from PIL import Image
 
-from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import make_pair, make_processor
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.chat import Conversation
 
 
-def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
-    conversations: int = 5,
-) -> None:
+def run(shape: Shape, fraction: float, conversations: int) -> None:
     """Compare the turns, dense and with replaced layers."""
-    shape = scaled(width, num_layers, image_side)
+    num_layers = shape.num_layers
     _, model = make_pair(shape)
     processor, side = make_processor(model), model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 64).convert("RGB")

@@ -12,11 +12,9 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from shortv_llava.benchmarks.models import PATCH, scaled
+from shortv_llava.benchmarks.models import PATCH
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.benchmarks.vllm_prefill import write_checkpoints
 
 CLIENT = """
@@ -77,18 +75,9 @@ def ask(folder: Path, port: int, requests: int, concurrency: int, image_side: in
     return json.loads((results / "result.json").read_text())
 
 
-def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
-    requests: Annotated[int, typer.Option(help="Of each round.")] = 16,
-    rounds: int = 2,
-    concurrency: int = 4,
-    log: Annotated[Path, typer.Option(help="What servers and client say.")] = Path(os.devnull),
-) -> None:
+def run(shape: Shape, fraction: float, requests: int, rounds: int, concurrency: int, log: Path) -> None:
     """Load a stock and a ShortV server in turns."""
-    shape = scaled(width, num_layers, image_side)
+    num_layers, image_side = shape.num_layers, shape.image_side
     layers = shape.layers(round(fraction * num_layers))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -10,15 +10,14 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from PIL import Image
 
 from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.benchmarks.models import BEFORE_IMAGE, PATCH, Shape, make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import BEFORE_IMAGE, PATCH, make_pair, make_processor
+from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.flops import flops_ratio
 from shortv_llava.package import OWN_KEYS, write_package
 
@@ -68,22 +67,13 @@ def make_prompts(batch: int, text_tokens: int, image_token: int, image_side: int
     return prompts
 
 
-def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
-    num_layers: int = 16,
-    text_tokens: int = 64,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
-    pairs: int = 7,
-    batch: Annotated[int, typer.Option(help="Requests at once, prefilled in one step.")] = 4,
-    eager: Annotated[bool, typer.Option("--eager", help="Neither engine compiles.")] = False,
-) -> None:
+def run(shape: Shape, text_tokens: int, fraction: float, pairs: int, batch: int, eager: bool) -> None:
     """Compare prefill with stock vLLM's."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import SamplingParams
 
-    shape = scaled(width, num_layers, image_side)
+    num_layers, image_side = shape.num_layers, shape.image_side
     layers = shape.layers(round(fraction * num_layers))
     tokens = text_tokens + image_side**2
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.scoring import check_metric, check_references, headline_name, of_subset
 from shortv_llava.evaluation.tasks import TASKS, Task
@@ -67,8 +68,6 @@ def check(
     if compare and sweep is not None:
         raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
     if method is not None:
-        from shortv_llava.evaluation.methods import parse_methods
-
         parse_methods(method)
         if sweep is not None:
             raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
@@ -112,7 +111,6 @@ def run(
 
     from shortv_llava.evaluation import report
     from shortv_llava.evaluation.answering import Answerer
-    from shortv_llava.evaluation.methods import parse_methods
     from shortv_llava.evaluation.run import choose_variants, evaluate
 
     check(data, output, compare, sweep, method, card)

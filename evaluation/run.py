@@ -22,7 +22,8 @@ from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.answers import AnswersFile
-from shortv_llava.evaluation.methods import Dropping, Method, check_layers, hidden
+from shortv_llava.evaluation.hiding import hidden
+from shortv_llava.evaluation.methods import Dropping, Method, check_layers
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
 from shortv_llava.flops import flops_ratio, image_tokens

@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from shortv_llava.benchmarks.command import app
-from shortv_llava.benchmarks.models import SHAPES, fuse_norms, make_inputs, make_pair, scaled
+from shortv_llava.benchmarks.models import fuse_norms, make_inputs, make_pair
+from shortv_llava.benchmarks.sizes import SHAPES, scaled
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 

@@ -252,9 +252,47 @@ def test_wrong_options_are_found_before_torch_is_imported(questions, tmp_path):
         [*own, "--sweep", "-1"],
         [*own, "--replaced-layers", "one"],
         [*own, "--load-in-4bit", "--load-in-8bit"],
+        [*own, "--method", "fastv"],
     ]
     cases = [[*map(str, case), "--output", str(tmp_path / "out")] for case in cases]
     cases += [["chat", str(CHECKPOINT), *case] for case in (["--seed", "-1"], ["--image", "x.png"], ["--dtype", "x"])]
+    push = ["push", str(CHECKPOINT)]
+    cases += [
+        push,
+        [*push, "name"],
+        ["push", "nowhere", "me/name"],
+        [*push, "me/name"],
+        [*push, "me/name", "--tag", "a b"],
+        [*push, "me/name", "--tag", "v1", "--create-pr"],
+        [*push, "me/name", "--revision", "a..b"],
+        [*push, "me/name", "--collection", "mine"],
+        [*push, "me/name", "--weights-from", "nowhere"],
+    ]
+    bench = {
+        "nothing": [[]],
+        "prefill": [
+            ["--model", "llava-2"],
+            ["--model", "scaled", "--layers", "17"],
+            ["--layers", "41"],
+            ["--layers", "few"],
+            ["--batch", "0"],
+            ["--pairs", "0"],
+            ["--method", "fastv"],
+            ["--method", "vtw:40"],
+            ["--method", "vtw:2", "--cuda-graphs"],
+            ["--output", str(CHECKPOINT / "config.json")],
+        ],
+        "decoding": [["--model", "llava-2"], ["--tokens", "0"]],
+        "calibration": [["--width", "100"], ["--pairs", "0"]],
+        "shared-prefix": [["--width", "100"], ["--fraction", "2"]],
+        "turns": [["--width", "100"], ["--conversations", "0"]],
+        "conversion": [["--hidden", "200"], ["--folder", "nowhere"]],
+        "correction-fit": [["--model", "llava-2"], ["--for", "llava-2"], ["--rank", "0"]],
+        "vllm-prefill": [["--width", "100"], ["--batch", "0"]],
+        "vllm-load": [["--width", "100"], ["--log", str(tmp_path)]],
+        "faults": [["--kills", "-1"]],
+    }
+    cases += [["bench", name, *options] for name, several in bench.items() for options in several]
     script = """
 import json, sys
 from shortv_llava.cli import main
@@ -274,7 +312,7 @@ for case in json.load(sys.stdin):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_person_at_the_terminal_sees_at_once_what_is_loaded(monkeypatch, capsys, terminal):
     monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
-    with cli._loading("my-model"):
+    with cli.loading("my-model"):
         assert ("loading my-model" in capsys.readouterr().err) == terminal
     assert capsys.readouterr().out == ""
 

@@ -14,7 +14,8 @@ from transformers.dynamic_module_utils import get_cached_module_file
 from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.evaluation.methods import Dropping, hidden
+from shortv_llava.evaluation.hiding import hidden
+from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.processors import load_processor
 
 LAYERS = "model.language_model.layers"

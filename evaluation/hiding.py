@@ -1,0 +1,183 @@
+"""FastV and VTW: what a model answers when it goes on without some visual tokens, or without any, from a layer on.
+
+Here the tokens stay where they are, and masks hide them: nobody reads them from that layer on, in the prompt and in
+all that is generated after it. So answers are those of a model that drops them, to the rounding, for any batch,
+padding and number of pictures, on LLaVA and on ShortV alike. What dropping them saves, `benchmarks/dropping.py` shows.
+Shapes: B rows of S tokens, K keys, h hidden size, d head size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shortv_llava.calibrate.contribution import last_tokens
+from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.methods import Dropping
+from shortv_llava.modeling_shortv_llava import rotate
+from shortv_llava.package import cache_name
+
+
+@contextmanager
+def hidden(model, dropping: Dropping | None) -> Iterator[None]:
+    """For a while the model answers as if it dropped visual tokens; with None, as it is.
+
+    A prompt goes through the model in one pass, by its token ids, and its rows keep their order in the cache.
+    FastV counts the visual tokens of all pictures of a row together, and asks the last token that is no padding.
+
+    Args:
+        model: LLaVA or ShortV LLaVA with its head.
+
+    Raises:
+        ShortVError: if the model's attention implementation is neither `sdpa` nor `eager`.
+        ValueError: in a pass, if it brings visual tokens on top of a cache.
+    """
+    if dropping is None:
+        yield
+        return
+    implementation = model.config.text_config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ShortVError(f"a method that drops visual tokens needs sdpa or eager attention, not {implementation!r}")
+    hiding, layers = _Hiding(model, dropping), model.model.language_model.layers
+    hooks = [(model.model, hiding.begin)]
+    if dropping.share < 1:
+        hooks.append((layers[dropping.layer - 1].self_attn, hiding.choose))
+    with forward_pre_hooks([*hooks, *((layer, hiding.hide) for layer in layers[dropping.layer :])]):
+        yield
+
+
+@contextmanager
+def forward_pre_hooks(hooks: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Modules have these hooks, which get the keywords too, for a while."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Hiding:
+    """Forward pre-hooks, and what they know of the pass and of the prompt before it.
+
+    Attributes:
+        past: number of tokens in the cache before the pass.
+        visual, last: the prompt's visual tokens, boolean (B, S), and its last tokens, (B,).
+        dropped: boolean (B, S); None before they are chosen.
+        masks: of this pass, with what they were made from, by that one's id.
+    """
+
+    def __init__(self, model, dropping: Dropping):
+        self.config, self.dropping = model.config, dropping
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of LLaVA without head: a pass on an empty cache is a prompt."""
+        given = by_name(module, args, kwargs)
+        self.past, self.masks = seen_before(given), {}
+        visual = visual_tokens(self.config, given["input_ids"])
+        if self.past == 0:
+            self.visual, self.last = visual, last_tokens(visual, given.get("attention_mask"))
+            self.dropped = visual if self.dropping.share == 1 else None
+        elif visual.any():
+            raise ValueError("visual tokens on top of a cache: which are dropped depends on the whole prompt")
+
+    def choose(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of the attention of the last layer that sees all visual tokens."""
+        if self.dropped is None:
+            weights = last_row_attention(attention, self.last, **kwargs)
+            visual = self.visual.to(weights.device)
+            self.dropped = visual & ~most_attended(weights, visual, self.dropping)
+
+    def hide(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Of each layer after that."""
+        given = kwargs["attention_mask"]
+        if id(given) not in self.masks:  # one for all layers that were given the same
+            self.masks[id(given)] = given, self._mask(given, args[0])
+        return args, kwargs | {"attention_mask": self.masks[id(given)][1]}
+
+    def _mask(self, given: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+        """(B, 1, S, K), the mask that stock gave, or the causal one that it left to SDPA, with tokens hidden.
+
+        A dropped token still sees itself, for a row of nothing is undefined.
+        """
+        seen = self.past + states.shape[1]
+        num_keys = seen if given is None else given.shape[-1]  # of a static cache more than were seen
+        device = states.device if given is None else given.device
+        dropped = F.pad(self.dropped.to(device), (0, num_keys - self.dropped.shape[1]))
+        query = torch.arange(self.past, seen, device=device)[:, None]
+        key = torch.arange(num_keys, device=device)
+        hidden = dropped[:, None, None] & (query != key)
+        if given is None:
+            return (key <= query) & ~hidden
+        if given.dtype == torch.bool:
+            return given & ~hidden
+        return given.masked_fill(hidden, torch.finfo(given.dtype).min)
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module of transformers is called with, by parameter; LLaVA-NeXT gives ids by position."""
+    return dict(zip(type(module).forward.__annotations__, args)) | kwargs  # stock annotates every parameter
+
+
+def seen_before(given: dict[str, Any]) -> int:
+    """How many tokens a pass finds in the cache."""
+    cache = given.get(cache_name())
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:
+    """Which of the ids (B, S) stand for visual tokens, boolean."""
+    names = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
+    return torch.isin(ids, torch.tensor([getattr(config, name) for name in names], device=ids.device))
+
+
+def last_row_attention(
+    attention: nn.Module,
+    last: torch.Tensor,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of one token of each row to all, mean over heads: (B, S), float32 or as the states if that is finer.
+
+    Args:
+        attention: of a layer; what follows `last` is what the layer calls it with.
+        last: (B,), index of that token.
+        hidden_states: (B, S, h), normed, of a pass on an empty cache.
+        position_embeddings: cosines and sines, (B or 1, S, d).
+        attention_mask: (B or 1, 1, S, K), boolean or to be added; None for causal attention without padding.
+    """
+    number, length = hidden_states.shape[:2]
+    rows, last = torch.arange(number, device=hidden_states.device), last.to(hidden_states.device)
+
+    def heads(states: torch.Tensor, norm: str) -> torch.Tensor:  # (B, N, heads * d) to (B, heads, N, d)
+        states = states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return getattr(attention, norm, nn.Identity())(states)  # Qwen3 has one
+
+    cos, sin = (states.expand(number, -1, -1) for states in position_embeddings)
+    query = heads(attention.q_proj(hidden_states[rows, last][:, None]), "q_norm")
+    query = rotate(query, cos[rows, last][:, None], sin[rows, last][:, None])
+    key = rotate(heads(attention.k_proj(hidden_states), "k_norm"), cos, sin)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query @ key.transpose(2, 3))[:, :, 0] * attention.scaling  # (B, heads, S)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if attention_mask is None:
+        visible = torch.arange(length, device=last.device) <= last[:, None]
+    else:
+        visible = attention_mask.expand(number, -1, -1, -1)[rows, 0, last, :length]
+    if visible.dtype == torch.bool:
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    else:
+        scores = scores + visible[:, None]
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+def most_attended(weights: torch.Tensor, visual: torch.Tensor, dropping: Dropping) -> torch.Tensor:
+    """Which of each row's visual tokens (B, S) are kept, by their attention (B, S); of equal ones the first."""
+    rank = weights.masked_fill(~visual, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = torch.tensor([dropping.kept(number) for number in visual.sum(dim=1).tolist()], device=weights.device)
+    return visual & (rank < kept[:, None])
