@@ -158,6 +158,7 @@ def push(
     )
     config = check_package(folder, with_weights=weights_from is None)
     print(f"{folder}: is complete; asking for what {repo_id} holds", flush=True)
+    _check_online(repo_id)
     api = HfApi()
     with _hub_errors(repo_id):
         remote = _remote(api, repo_id, revision)
@@ -213,7 +214,8 @@ def check_options(
     if collection is not None:
         _slug(collection)
     _package_config(folder)  # a wrong folder is told before a missing login
-    _check_access(repo_id, dry_run)
+    if not dry_run:
+        _check_access(repo_id)
 
 
 def push_space(
@@ -235,7 +237,9 @@ def push_space(
         ShortVError: if the Hub does not do its part. The Space is as before.
     """
     _check_target(repo_id)
-    _check_access(repo_id, dry_run)
+    if not dry_run:
+        _check_access(repo_id)
+    _check_online(repo_id)
     api, name = HfApi(), f"spaces/{repo_id}"
     with _hub_errors(name):
         remote = _remote(api, repo_id, None, "space")
@@ -359,10 +363,14 @@ def _check_target(repo_id: str, revision: str | None = None, tag: str | None = N
             raise ShortVError(f"{option} {name!r}: is no name for a branch or tag; use letters, digits, . _ and -")
 
 
-def _check_access(repo_id: str, dry_run: bool) -> None:
+def _check_online(repo_id: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ShortVError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish, or to see what would change")
-    if not dry_run and not huggingface_hub.get_token():
+
+
+def _check_access(repo_id: str) -> None:
+    _check_online(repo_id)
+    if not huggingface_hub.get_token():
         raise ShortVError(f"{repo_id}: no token was found; run `hf auth login` or set HF_TOKEN")
 
 
