@@ -16,29 +16,49 @@ import typer
 
 from shortv_llava.calibrate import Direction, Granularity, Strategy, Tokens
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+# Without Rich's tables, which cut names and texts at 80 columns.
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the package that the output folder holds.")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` for the checkpoint's own.")
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision of the weights; `auto` for the checkpoint's own."),
 ]
 AspectRatio = Literal["pad", "base"]
-BaseModel = Annotated[str | None, typer.Option(help="Hub id of a local base, for the model card.", show_default=False)]
+Output = Annotated[Path, typer.Option(help="Package folder to make.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, help="Temperature of the sampling; 0 takes the likeliest token each time.")
+]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that make up this probability.")
+]
+DEVICE_MAP = "Where the model goes, as in transformers: `auto`, `cpu`, `cuda:1`."
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the weights in 4 bit, by bitsandbytes.")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Load the weights in 8 bit, by bitsandbytes.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id of the base, for the model card; for a base that is a local folder.")
+]
 License = Annotated[
-    str | None, typer.Option(help="Licence of the weights, as the Hub names it, where the base does not tell.")
+    str | None, typer.Option(help="Licence of the weights, as `llama2`, for a base that does not tell it.")
 ]
 VisionTower = Annotated[
     str | None,
-    typer.Option(help="Of an original LLaVA checkpoint, folder or Hub id; its config.json's if not given."),
+    typer.Option(
+        help="Vision tower of an original LLaVA checkpoint, a folder or Hub id; by default the one that its "
+        "config.json names."
+    ),
 ]
 BaseWeights = Annotated[
     str | None,
-    typer.Option(help="Of a LoRA adapter, folder or Hub id; what its adapter_config.json names if not given."),
+    typer.Option(
+        help="Base model of a LoRA adapter, a folder or Hub id; by default the one that its adapter_config.json names."
+    ),
 ]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
-        help="A file or one of LLaVA's formats, as `vicuna_v1`; for bases whose own is missing or takes no pictures."
+        help="Chat template: a file, or one of LLaVA's prompt formats, as `vicuna_v1`; for a base that has none, or "
+        "one that takes no pictures."
     ),
 ]
 ShownAspectRatio = Annotated[
@@ -52,9 +72,9 @@ ShownAspectRatio = Annotated[
 ReplacedLayers = Annotated[
     str | None,
     typer.Option(
-        help="Layers to replace instead of the package's own: ids as `31,29,30`, `none`, `published` or "
-        "`published:NAME`. Without this option a plain checkpoint takes those of the environment variable "
-        "REPLACED_LAYERS."
+        help="Layers to replace instead of the package's own: ids from 0, as `31,29,30`, `none`, `published` (the "
+        "paper's for this model) or `published:NAME` (for another). By default a plain checkpoint takes those of the "
+        "environment variable REPLACED_LAYERS."
     ),
 ]
 
@@ -67,7 +87,7 @@ def _show_version(asked_for: bool) -> None:
 
 @app.callback()
 def options(
-    verbose: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -78,12 +98,16 @@ def options(
 @app.command()
 def package(
     base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="The package folder to make.")],
+    output: Output,
     layers: Annotated[
-        str, typer.Option(help="`published`, `published:NAME`, `none`, or ids separated by commas, as `31,29,30`.")
+        str,
+        typer.Option(
+            help="Layers to replace: ids from 0, as `31,29,30`, `published` (the paper's for this model), "
+            "`published:NAME` (for another) or `none`."
+        ),
     ] = "published",
     no_weights: Annotated[
-        bool, typer.Option("--no-weights", help="Fetch no weights; publish with `shortv push --weights-from`.")
+        bool, typer.Option("--no-weights", help="Leave the weights out, to publish with `shortv push --weights-from`.")
     ] = False,
     base_model: BaseModel = None,
     license: License = None,
@@ -96,19 +120,19 @@ def package(
     ] = "base",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a package folder from a checkpoint and layers that are known already.
+    """Make a package folder from a checkpoint and known layers.
 
-    A checkpoint in the original LLaVA layout is converted, a LoRA adapter is merged, one shard at a time.
+    A checkpoint in the original LLaVA layout is converted, and a LoRA adapter is merged, one weight file at a time.
 
     Examples:
 
         shortv package llava-hf/llava-1.5-7b-hf --output llava-1.5-7b-shortv
 
-        shortv package ./my-finetune --layers published:llava-1.5-7b --output my-finetune-shortv
+        shortv package ./tuned --layers published:llava-1.5-7b --output out
 
-        shortv package liuhaotian/llava-v1.6-vicuna-7b --output llava-next-7b-shortv
+        shortv package liuhaotian/llava-v1.6-vicuna-7b --output my-shortv
 
-        shortv package ./my-lora --base-weights lmsys/vicuna-7b-v1.5 --layers published:llava-1.5-7b --output my-shortv
+        shortv package ./lora --base-weights lmsys/vicuna-7b-v1.5 --output lora
     """
     with loading(base):
         from shortv_llava.package import (
@@ -148,37 +172,43 @@ def package(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="The package folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Package folder.")],
     repo_id: Annotated[str, typer.Argument(help="Repository, `owner/name`; made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option(help="First line of the commit message; by default it tells what is pushed.")
+    ] = None,
     license: License = None,
     weights_from: Annotated[
         str | None,
-        typer.Option(help="`owner/name` or `owner/name@revision`: the Hub copies the weights from there."),
+        typer.Option(
+            help="Repository to copy the weights from, on the Hub itself: `owner/name` or `owner/name@revision`."
+        ),
     ] = None,
     tag: Annotated[
-        str | None, typer.Option(help="A new tag for this version, as `v1.0`, which the card's snippets load.")
+        str | None, typer.Option(help="New tag for this version, as `v1.0`, which the card's snippets load.")
     ] = None,
     collection: Annotated[
-        str | None, typer.Option(help="Put it into this collection too, `owner/title-0123456789abcdef`.")
+        str | None, typer.Option(help="Collection to put it into, `owner/title-0123456789abcdef`.")
     ] = None,
     space: Annotated[
-        bool, typer.Option("--space", help="Publish a Space of the same id too: the page of `shortv chat --web`.")
+        bool, typer.Option("--space", help="Publish the page of `shortv chat --web` too, as a Space of the same id.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
 ) -> None:
-    """Publish a package folder on the Hub, checked first, in one commit; none where nothing has changed.
+    """Check a package folder and publish it on the Hub.
+
+    All changes are one commit. There is none where nothing has changed.
 
     Examples:
 
-        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --dry-run
+        shortv push my-shortv me/my-shortv --dry-run
 
-        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --weights-from llava-hf/llava-1.5-7b-hf
+        shortv push my-shortv me/my-shortv --weights-from me/my-base
 
-        shortv push llava-1.5-7b-shortv me/llava-1.5-7b-shortv --tag v1.0 --space
+        shortv push my-shortv me/my-shortv --tag v1.0 --space
     """
     if tag and create_pr:
         raise typer.BadParameter("a pull request gets none; leave out --create-pr", param_hint="--tag")
@@ -244,62 +274,79 @@ def _report(name: str, pushed, dry_run: bool, tag: str | None, collection: str |
 @app.command()
 def calibrate(
     base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="The package folder to make.")],
+    output: Output,
     data: Annotated[
         list[str],
-        typer.Option(help="`gqa`, `flickr30k`, `shapes` (embedded) or a file in LLaVA's JSONL; several mix."),
+        typer.Option(
+            help="Source of samples: `gqa`, `flickr30k` (both from the Hub), `shapes` (embedded) or a file of "
+            "questions in LLaVA's JSONL. Repeat it, or separate by commas, to mix several."
+        ),
     ] = ["gqa", "flickr30k"],  # noqa: B006
-    images: Annotated[Path | None, typer.Option(help="Folder of the images that JSONL files name.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to choose with, from each source.")] = 20,
-    held_out: Annotated[int, typer.Option(min=1, help="Samples to measure the cost on, from each source.")] = 10,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that JSONL files name.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples from each source to choose layers with.")] = 20,
+    held_out: Annotated[int, typer.Option(min=1, help="Further samples from each source to measure the cost on.")] = 10,
     draw: Annotated[
         Literal["random", "first"],
-        typer.Option(
-            help="`random`: samples are drawn at random, as in the paper; `first`: the first of each source, as in the "
-            "release."
-        ),
+        typer.Option(help="Which samples are taken: `random`, as in the paper, or the `first` ones, as in its code."),
     ] = "random",
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw, of random layers and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw, of random layers and of the bootstrap.")] = 0,
     tokens: Annotated[
-        list[str], typer.Option(help="`visual`, `text` or `all`; several are scored at once, the first chooses.")
+        list[str],
+        typer.Option(
+            help="Tokens that are frozen for the scores: `visual`, `text` or `all`; of several the first chooses."
+        ),
     ] = ["visual"],  # noqa: B006
     direction: Annotated[
         Direction,
-        typer.Option(help="`release`: KL(variant || model), as published layers were found; `paper`: the reverse."),
+        typer.Option(
+            help="Direction of the KL divergence. `release`: KL(variant || model), as the published layers were found; "
+            "`paper`: the reverse."
+        ),
     ] = "release",
     strategy: Annotated[
         Strategy | None,
         typer.Option(
-            help="`corrected-lc` is LC with a correction of the layer; by default that, or `lc` without correction."
+            help="How layers are chosen. `lc`: lowest LC; `corrected-lc`: lowest LC with a correction of the layer; "
+            "`greedy`: what adds least divergence to what is frozen already; `cosine`: what turns visual tokens' "
+            "states least; `random`. By default `corrected-lc`, without corrections `lc`."
         ),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Replace and correct given layers, without scoring: `published`, `published:NAME` or ids."),
+        typer.Option(help="Replace and correct these layers without scoring: ids, `published` or `published:NAME`."),
     ] = None,
     correction_rank: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Rank of the linear maps that stand in for frozen updates; 64, or an eighth of the hidden size if "
-            "that is less. 0 for none, as in the paper.",
+            help="Rank of the linear maps that stand in for frozen updates; 0 for none, as in the paper. By default "
+            "64, or an eighth of the hidden size if that is less.",
         ),
     ] = None,
     correction_samples: Annotated[
         int,
-        typer.Option(min=1, help="Samples to fit them on, from each source, about other pictures than held-out ones."),
+        typer.Option(min=1, help="Samples from each source to fit corrections on, none about a held-out picture."),
     ] = 200,
     granularity: Annotated[
         Literal[Granularity, "auto"],
-        typer.Option(help="`block`: attention and FFN apart; `auto`: the better of both."),
+        typer.Option(
+            help="What is frozen as one: a whole `layer`, a `block` (attention or FFN alone), or the better of both "
+            "(`auto`)."
+        ),
     ] = "layer",
-    num_layers: Annotated[int | None, typer.Option(help="Layers to replace.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Of the layers to replace; 0.6 if no budget is given.")] = None,
-    flops_ratio: Annotated[float | None, typer.Option(help="Replace until the prefill costs this share.")] = None,
-    max_divergence: Annotated[
-        float | None, typer.Option(help="Replace as much as keeps the KL on held-out samples under this.")
+    num_layers: Annotated[int | None, typer.Option(help="Budget: number of layers to replace.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Budget: share of the layers to replace; 0.6 if no budget is given.")
     ] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Variants that run at once, for small memories.")] = None,
+    flops_ratio: Annotated[
+        float | None, typer.Option(help="Budget: share of the prefill's FLOPs that is left, as 0.5.")
+    ] = None,
+    max_divergence: Annotated[
+        float | None, typer.Option(help="Budget: KL divergence on held-out samples to stay under, in nats.")
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Variants that run at once, fewer in less memory; by default what fits.")
+    ] = None,
     base_model: BaseModel = None,
     license: License = None,
     vision_tower: VisionTower = None,
@@ -307,22 +354,28 @@ def calibrate(
     chat_template: ChatTemplate = None,
     image_aspect_ratio: ShownAspectRatio = "pad",
     dtype: Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Through bitsandbytes.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Through bitsandbytes.")] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help=f"{DEVICE_MAP} By default on one GPU, or the CPU if there is none.")
+    ] = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compute LC scores, make the package that replaces the layers of lowest score, and fit corrections for them.
+    """Find the layers to freeze, and make the package.
 
-    Interrupted, the same command continues. Several GPUs: `accelerate launch -m shortv_llava.calibrate BASE …`
+    Layers are scored by Layer Contribution (LC): the KL divergence of the next token when visual tokens are frozen in
+    that layer alone. Those of lowest score are replaced, and corrections are fitted for them. Give one budget at most.
+    The same command continues an interrupted run.
+
+    For several GPUs: `accelerate launch -m shortv_llava.calibrate BASE …`
 
     Examples:
 
         shortv calibrate llava-hf/llava-1.5-7b-hf --output llava-1.5-7b-shortv
 
-        shortv calibrate ./my-finetune --data questions.jsonl --images images --granularity auto --output my-shortv
+        shortv calibrate ./tuned --data mine.jsonl --images photos --output out
 
-        shortv calibrate llava-hf/llava-1.5-7b-hf --layers published --output llava-1.5-7b-shortv
+        shortv calibrate ./tuned --data shapes --fraction 0.8 --output out
     """
     with loading(base):
         from dataclasses import replace
@@ -420,36 +473,42 @@ def calibrate(
 def chat(
     model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="File or URL for the first question; once for each image.")
+        list[str] | None, typer.Option(help="Picture for the first question, a file or URL. Repeat it for several.")
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="System sentence; if not given the model's own, such as Vicuna's.")
+        str | None, typer.Option(help="System sentence of the prompt; by default the model's own, such as Vicuna's.")
     ] = None,
     replaced_layers: ReplacedLayers = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    temperature: Temperature = 0,
+    top_p: TopP = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")] = 512,
     web: Annotated[
         bool,
-        typer.Option("--web", help="A web page instead, with the dense model beside; `pip install gradio` first."),
+        typer.Option(
+            "--web", help="Show a web page instead, with the dense model beside; it needs `pip install gradio`."
+        ),
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling; by default a new one.")
+    ] = None,
     dtype: Dtype = "auto",
-    device_map: Annotated[str, typer.Option(help="As in transformers: `auto`, `cpu`, `cuda:1`.")] = "auto",
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Needs bitsandbytes.")] = False,
+    device_map: Annotated[str, typer.Option(help=DEVICE_MAP)] = "auto",
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
 ) -> None:
-    """Talk with a model about images. Lines from a pipe are answered one by one.
+    """Talk with a model about pictures.
+
+    Lines from a pipe are answered one by one.
 
     Examples:
 
         shortv chat llava-1.5-7b-shortv --image photo.jpg
 
-        REPLACED_LAYERS=31,29,30 shortv chat llava-hf/llava-1.5-7b-hf --load-in-4bit
+        shortv chat llava-hf/llava-1.5-7b-hf --replaced-layers 31,29,30
 
         shortv chat llava-1.5-7b-shortv --web
 
-        echo "What is this?" | shortv chat llava-1.5-7b-shortv --image https://llava-vl.github.io/static/images/view.jpg
+        echo "What is this?" | shortv chat llava-1.5-7b-shortv --image photo.jpg
     """
     _check_bits(load_in_4bit, load_in_8bit)
     terminal_only = {
@@ -493,60 +552,74 @@ def chat(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder for answers and results; an interrupted run continues there.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for answers and results; the same command continues an interrupted run there.")
+    ],
     task: Annotated[
         str | None,
-        typer.Option(help="A benchmark of LLaVA's: `shortv evaluate MODEL --task help --output .` lists them."),
+        typer.Option(help="Benchmark of LLaVA's, as `gqa`; `shortv evaluate MODEL --task help --output .` lists them."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="The task's data, laid out as LLaVA's playground/data/eval; else from the Hub.")
+        Path | None,
+        typer.Option(help="Folder of the task's data, laid out as LLaVA's playground/data/eval; by default the Hub's."),
     ] = None,
-    questions: Annotated[Path | None, typer.Option(help="Or your own questions, in LLaVA's JSONL.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images that they name.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Score your own questions' answers with this metric.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="With the dense model beside.")] = False,
+    questions: Annotated[
+        Path | None, typer.Option(help="File of your own questions in LLaVA's JSONL, instead of --task.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that they name.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric to score their answers with, as `gqa` or `vqa_accuracy`.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Evaluate the dense model too.")] = False,
     sweep: Annotated[
-        str | None, typer.Option(help="Compare numbers of replaced layers, as `8,16,24`, with the dense model.")
+        str | None, typer.Option(help="Numbers of replaced layers to compare with the dense model, as `8,16,24`.")
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="Ways to save visual tokens, separated by commas: `shortv`, `fastv:K:R`, `vtw:K`, `shortv+fastv:K:R`, "
-            "`shortv+vtw:K`. Of several, a table with the dense model."
+            help="Ways to save visual tokens, separated by commas: `shortv`, `fastv:K:R` (from layer K on a share R of "
+            "them is gone), `vtw:K` (all are), `shortv+fastv:K:R`, `shortv+vtw:K`. Several are compared with the dense "
+            "model."
         ),
     ] = None,
-    card: Annotated[Path | None, typer.Option(help="Package folder whose model card shall tell the results.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Package folder whose model card gets the result.")] = None,
     replaced_layers: ReplacedLayers = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in the model at once.")] = 16,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; the task's own, or 128.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that run at once.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most new tokens of an answer; by default the task's own, or 128.")
+    ] = None,
+    temperature: Temperature = 0,
+    top_p: TopP = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     shared_prefix: Annotated[
-        bool, typer.Option(help="Prefill a picture once for all questions about it, or for each anew.")
+        bool, typer.Option(help="Prefill a picture once for all questions about it, or anew for each.")
     ] = True,
     image_aspect_ratio: Annotated[
         AspectRatio | None,
-        typer.Option(help="As for calibrate; `pad` if not given, but for Q-Bench, as in LLaVA's scripts."),
+        typer.Option(help="As of `shortv calibrate`; by default `pad`, but `base` for Q-Bench, as in LLaVA's scripts."),
     ] = None,
     dtype: Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers, for example `auto`.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Needs bitsandbytes.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Needs bitsandbytes.")] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help=f"{DEVICE_MAP} By default on one GPU, or the CPU if there is none.")
+    ] = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
 ) -> None:
-    """Answer a benchmark's questions or your own, score the answers, compare with the dense model.
+    """Answer questions, score the answers, and compare models.
 
-    Several GPUs: `accelerate launch -m shortv_llava.evaluation MODEL …`
+    The questions are a benchmark's or your own, the models a package's and its dense one.
+
+    For several GPUs: `accelerate launch -m shortv_llava.evaluation MODEL …`
 
     Examples:
 
-        shortv evaluate llava-1.5-7b-shortv --task gqa --compare --output results/gqa --card llava-1.5-7b-shortv
+        shortv evaluate my-shortv --task gqa --compare --output gqa
 
-        shortv evaluate llava-1.5-7b-shortv --task pope --sweep 4,8,12,16,19,24,28 --output results/pope
+        shortv evaluate my-shortv --task pope --sweep 8,16,24 --output pope
 
-        shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
+        shortv evaluate my-shortv --questions q.jsonl --images photos --output q
 
-        shortv evaluate llava-1.5-7b-shortv --task gqa --method shortv,fastv:2:0.5,vtw:16 --output results/methods
+        shortv evaluate my-shortv --task gqa --method shortv,vtw:16 --output gqa
     """
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
@@ -593,7 +666,7 @@ def evaluate(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure speed and memory on random weights: prefill, decoding, calibration, shared prefixes, turns, vLLM.
+    """Measure speed and memory on random weights.
 
     Examples:
 
@@ -609,7 +682,7 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    package: Annotated[str, typer.Argument(help="The package: a folder or a Hub id.", show_default=False)],
+    package: Annotated[str, typer.Argument(help="Package: a folder or a Hub id.")],
 ) -> None:
     """Serve a package with vLLM, behind OpenAI's API. Further options are those of `vllm serve`.
 
@@ -629,9 +702,11 @@ def serve(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="The package folder to make.")] = Path("demo-output"),
+    output: Output = Path("demo-output"),
 ) -> None:
-    """The whole way on the embedded checkpoint: calibrate, package, load, answer, measure.
+    """Go the whole way on the embedded checkpoint.
+
+    Calibrate it, make the package, load it, answer questions and measure the speed.
 
     Example:
 

@@ -13,10 +13,14 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    help="Measure speed and memory on random weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
-NAMES = ", ".join(f"`{name}`" for name in SHAPES)
+NAMES = ", ".join(SHAPES)
 LIBRARIES = "torch and transformers"  # what is waited for
 
 Width = Annotated[int, typer.Option(min=64, help="Hidden size of the language model, a multiple of 64.")]
@@ -84,7 +88,9 @@ def prefill(
         Path | None, typer.Option(file_okay=False, help="Folder for prefill.json and prefill.png.")
     ] = None,
 ) -> None:
-    """Prefill against the stock model: seconds, memory, and the share of the speed-up that the FLOPs allow.
+    """Prefill against the stock model: seconds and memory.
+
+    It tells what share of the speed-up that the FLOPs allow is reached.
 
     Without a GPU the models are 1024 wide, in float32. With one they have the four published models' shapes, in
     bfloat16. Weights are random.
@@ -93,9 +99,9 @@ def prefill(
 
         shortv bench prefill
 
-        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16 --cuda-graphs --output results
+        shortv bench prefill --model llava-next-13b --layers 24 --batch 1,4,16
 
-        shortv bench prefill --model llava-1.5-7b --method shortv,fastv:2:0.5,vtw:16,shortv+fastv:2:0.5
+        shortv bench prefill --model llava-1.5-7b --method shortv,fastv:2:0.5
     """
     numbers = None if layers is None else _numbers("--layers", layers, 0)
     batches = _numbers("--batch", batch, 1)
@@ -118,7 +124,9 @@ def decoding(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each model decodes, one by one.")] = 200,
     compile: Annotated[bool, typer.Option("--compile", help="Time a static cache with torch.compile too.")] = False,
 ) -> None:
-    """Seconds of a decoded token with a growing and with a static cache, 60% of the layers replaced.
+    """Seconds of a decoded token against the stock model.
+
+    The cache grows or is static; 60% of the layers are replaced.
 
     Example:
 
@@ -139,7 +147,9 @@ def calibration(
     image_side: ImageSide = 24,
     pairs: Pairs = 3,
 ) -> None:
-    """Seconds of one sample's LC scores, with shared work and with a full pass for each layer.
+    """Seconds of LC scores, with shared work and without.
+
+    Without, each layer's score of the one sample takes a full pass.
 
     Example:
 
@@ -163,7 +173,9 @@ def shared_prefix(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that run at once.")] = 16,
     pairs: Pairs = 3,
 ) -> None:
-    """Seconds of all answers about a picture that is prefilled once, and for each question anew.
+    """Seconds of answers, with a shared prefix and without.
+
+    The picture is prefilled once, or anew for each question about it.
 
     Example:
 
@@ -184,7 +196,9 @@ def turns(
     fraction: Fraction = 0.6,
     conversations: Annotated[int, typer.Option(min=1, help="Timed conversations; their median is printed.")] = 5,
 ) -> None:
-    """Seconds to the first token of a chat's first and second turn, dense and with replaced layers.
+    """Seconds to the first token of a chat's two turns.
+
+    They are measured dense and with replaced layers.
 
     Example:
 
@@ -218,7 +232,9 @@ def conversion(
         ),
     ] = None,
 ) -> None:
-    """Peak memory of converting an original checkpoint, and of merging a LoRA, beside the largest weight file.
+    """Peak memory of the conversion and of merging a LoRA.
+
+    The checkpoint is in the original LLaVA layout. The largest weight file is told beside, for comparison.
 
     Example:
 
@@ -245,7 +261,9 @@ def correction_fit(
     text_tokens: TextTokens = 64,
     device: Annotated[str, typer.Option(help="Where it runs, as in torch: `cpu`, `cuda`.")] = "cpu",
 ) -> None:
-    """Seconds of fitting corrections on random weights in float32, and what a fit of another shape takes at that rate.
+    """Seconds and memory of fitting corrections.
+
+    A fit on random weights in float32 is measured, and what one of another shape takes at that rate is worked out.
 
     Example:
 
@@ -270,7 +288,9 @@ def vllm_prefill(
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, prefilled in one step.")] = 4,
     eager: Annotated[bool, typer.Option("--eager", help="Leave both engines uncompiled.")] = False,
 ) -> None:
-    """Prefilled tokens a second in vLLM, ShortV against its stock LLaVA.
+    """Prefill in vLLM against its stock LLaVA.
+
+    It tells prefilled tokens a second.
 
     Example:
 
@@ -295,7 +315,9 @@ def vllm_load(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
     log: Annotated[Path, typer.Option(dir_okay=False, help="File for what servers and client say.")] = Path(os.devnull),
 ) -> None:
-    """Requests a second and time to the first token of vLLM's server under load, ShortV against its stock LLaVA.
+    """vLLM's server under load, against its stock LLaVA.
+
+    It tells requests a second and the time to the first token.
 
     Example:
 
@@ -316,7 +338,9 @@ def faults(
     weights: Annotated[int, typer.Option(min=0, help="Weight files that are tampered with.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random moments and changes.")] = 0,
 ) -> None:
-    """Commit faults, and count what is lost, half-written or ends in a traceback.
+    """Commit faults, and count what they cost.
+
+    It tells what is lost, half-written or ends in a traceback.
 
     Example:
 

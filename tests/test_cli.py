@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from shortv_llava import cli
+from shortv_llava.benchmarks.command import app as benchmarks
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.package import PUBLISHED
@@ -341,10 +343,22 @@ def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["package", "calibrate", "demo"])
-def test_help_shows_an_example(command):
-    done = shortv_here(command, "--help")
-    assert done.returncode == 0 and f"shortv {command}" in done.stdout
+COMMANDS = "package push calibrate chat evaluate serve demo".split()
+BENCHMARKS = [f"bench {command.callback.__name__.replace('_', '-')}" for command in benchmarks.registered_commands]
+
+
+@pytest.mark.parametrize("command", ["", "bench", *COMMANDS, *BENCHMARKS])
+def test_help_is_whole_at_80_columns(command, monkeypatch):
+    """Nothing is cut off, no name breaks at its hyphen, and every command has examples, of one line each."""
+    monkeypatch.setenv("COLUMNS", "80")
+    done = shortv_here(*command.split(), "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and max(map(len, lines)) <= 80 and "..." not in done.stdout.partition("\n")[2]
+    assert not [line for line in lines if re.search(r"\w-$", line)]
+    examples = [
+        number for number, line in enumerate(lines) if f" shortv {command}" in line and line.startswith(" " * 6)
+    ]
+    assert (examples or command in ("", "bench")) and all(lines[number + 1] == "" for number in examples)
 
 
 @pytest.mark.slow
