@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.command import Data, run
+from shortv_llava.evaluation.command import EvaluationOptions, run
 from shortv_llava.package import load_model
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
@@ -70,9 +70,9 @@ def task(folder, name: str, **settings) -> dict:
 @pytest.fixture(scope="module")
 def expected(package_folder, asked):
     """Results and answers, by variant, of `shortv evaluate`."""
-    data = Data(None, None, asked / "questions.jsonl", SAMPLES / "images", "gqa")
-    loading, output = {"dtype": "float32", "device_map": None}, asked / "evaluated"
-    run(str(package_folder), data, output, compare=True, loading=loading, max_new_tokens=6, batch_size=8)
+    output, data = asked / "evaluated", {"questions": asked / "questions.jsonl", "images": SAMPLES / "images"}
+    asking = {"metric": "gqa", "compare": True, "dtype": "float32", "max_new_tokens": 6, "batch_size": 8}
+    run(EvaluationOptions(str(package_folder), output, **data, **asking))
     found = {}
     for result in json.loads((output / "results.json").read_text())["results"]:
         lines = (output / f"answers-{result['name']}.jsonl").read_text().splitlines()
