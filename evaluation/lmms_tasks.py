@@ -49,6 +49,9 @@ class TimedLlava(ShortVLlava):
         self.seconds, self.image_ids = {}, {}
         self.tasks: list[str] = []  # of the requests at hand
 
+    def clean(self) -> None:
+        """Nothing, where lmms-eval would give the model away after its tasks: the next variant needs it."""
+
     def _answer(self, questions: Sequence[Question], settings: Sequence[dict]) -> list[str]:
         return self._timed(super()._answer, questions, settings)
 

@@ -142,7 +142,7 @@ def test_calibrated_layers(tmp_path):
     settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
     folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
     text = make_card(folder, "me/it").text
-    assert "chosen on this checkpoint greedily" in text and "LC of text tokens" in text and "publish" not in text
+    assert "chosen on this checkpoint greedily" in text and "LC of text tokens" in text and "publish for" not in text
     (folder / "calibration.json").write_text('{"curves": []}')
     with pytest.raises(ShortVError, match="calibration.json"):
         make_card(folder, "me/it")
