@@ -188,15 +188,15 @@ def record_score(folder: Path, *scores: Score) -> None:
 def text_hint(folder: Path) -> str | None:
     """What to know of a package with frozen layers whose card has no benchmark about text in pictures, in a line."""
     card = read_card(folder / CARD_FILE)
-    hint = _text_hint(config_object(read_config(folder)), card.data if card else ModelCardData())
+    config, data = config_object(read_config(folder)), card.data if card else ModelCardData()
+    hint = _text_hint(config, read_scores(folder), data)
     return hint and f"{hint} Such benchmarks: shortv evaluate --lmms-tasks docvqa_val,ocrbench"
 
 
-def _text_hint(config, data: ModelCardData) -> str | None:
-    names = [result.dataset_name.lower() for result in data.eval_results or ()]
-    if not any(config.frozen_layers()) or any(word in name for word in TEXT_BENCHMARKS for name in names):
-        return None
-    return TEXT_HINT
+def _text_hint(config, scores: Sequence[Score], data: ModelCardData) -> str | None:
+    names = " ".join([score.data for score in scores] + [result.dataset_name for result in data.eval_results or ()])
+    is_known = any(word in names.lower() for word in TEXT_BENCHMARKS)
+    return TEXT_HINT if any(config.frozen_layers()) and not is_known else None
 
 
 def write_card(folder: Path, name: str | None = None, existing: ModelCard | None = None, **known) -> None:
@@ -733,7 +733,7 @@ def _evaluation(config, scores: Sequence[Score], data: ModelCardData) -> str:
             for result in others
         ]
         parts += ["Recorded by others:"] * bool(scores) + [_table(("data", "metric", "value", "source"), rows)]
-    parts += filter(None, [_text_hint(config, data)])
+    parts += filter(None, [_text_hint(config, scores, data)])
     return "\n\n".join(parts)
 
 

@@ -11,8 +11,9 @@ from shortv_llava.evaluation.scoring import resample
 
 # Of a task's figures the one that papers compare, by how its name ends, where that is not the task's first.
 HEADLINES = ("CIDEr", "pope_f1_score", "average")
-# Of figures that are no means of their samples' scores, those that papers print times 100.
-SHARES = ("acc", "CIDEr", "f1")
+# In names of figures that are no means of their samples' scores: those that papers print times 100, and up to what
+# value, for some tasks do so too.
+SHARES = {"acc": 1, "f1": 1, "CIDEr": 10}
 
 
 @dataclass
@@ -79,7 +80,7 @@ def compare(task: str, runs: Mapping[str, dict]) -> TaskResults:
     values = [run["figures"][metric] for run in runs.values()]
     scores = _sample_scores(runs, metric, values)
     if scores is None:
-        is_share = any(name in metric for name in SHARES) and all(0 <= value <= 1 for value in values)
+        is_share = any(name in metric and 0 <= min(values) and max(values) <= most for name, most in SHARES.items())
     else:
         is_share = 0 <= scores.min() and scores.max() <= 1
     scale = 100 if is_share else 1

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import handle_non_serializable
+from lmms_eval.utils import handle_non_serializable, load_yaml_config
 from loguru import logger
 from tenacity import RetryError
 
@@ -83,13 +83,21 @@ class TimedLlava(ShortVLlava):
 
 
 def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
-    """Raises [`ShortVError`] if lmms-eval has no such task, group or tag, the folder's own included."""
-    known = _task_manager(include_path).all_tasks
+    """Raises [`ShortVError`] if lmms-eval has no such task, group or tag, the folder's own included, or one of them
+    needs a library that is not there."""
+    manager = _task_manager(include_path)
+    known = manager.all_tasks
     for name in names:
         if name not in known:
             alike = difflib.get_close_matches(name, known)
             hint = f"; there are {', '.join(alike)}" if alike else "; `python -m lmms_eval --tasks list` lists them"
             raise ShortVError(f"lmms-eval has no task {name!r}{hint}")
+        path = manager.task_index[name]["yaml_path"]
+        try:
+            if path != -1:  # as of a tag
+                load_yaml_config(path)
+        except ImportError as error:
+            raise ShortVError(f"{name}: {first_line(error)}; install what this task of lmms-eval needs") from error
 
 
 @functools.cache

@@ -531,3 +531,9 @@ def test_contradictions_come_before_any_work(tmp_path, options, words):
     with pytest.raises(ShortVError, match=words):
         EvaluationOptions(**{"model": "no/model", "output": tmp_path / "out"} | options).check()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_harness_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "find_spec", lambda name: None)
+    with pytest.raises(ShortVError, match="--lmms-tasks needs lmms-eval: pip install lmms_eval"):
+        EvaluationOptions("no/model", tmp_path / "out", lmms_tasks="pope").check()

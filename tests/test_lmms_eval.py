@@ -483,7 +483,7 @@ class TestTasks:
         assert both["seconds"] == pytest.approx(shapes["seconds"] + twice["seconds"])
         assert shapes["interval"] and twice["interval"] is None and twice["headline"] == twice["scores"]["exact_match"]
 
-    def test_tasks_that_are_not_there(self, package_folder, asked, tmp_path, monkeypatch):
+    def test_tasks_that_are_not_there(self, package_folder, asked, tmp_path, quick, monkeypatch):
         done = self.evaluate(package_folder, asked, tmp_path / "out", names="shape")
         assert done.returncode == 1 and "lmms-eval has no task 'shape'; there are shapes" in done.stderr
         monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
@@ -492,3 +492,11 @@ class TestTasks:
         (tmp_path / "task" / "missing.yaml").write_text(json.dumps(missing))
         done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing")
         assert done.returncode == 1 and "missing: lmms-eval cannot load its data: " in done.stderr
+        (tmp_path / "task" / "utils.py").write_text("import a_library_that_nobody_has")
+        needy = json.dumps(task(asked, "needy", process_results="!function utils.process"))
+        (tmp_path / "task" / "needy.yaml").write_text(
+            needy.replace('"!function utils.process"', "!function utils.process")
+        )
+        quick._task_manager.cache_clear()
+        done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing,needy")
+        assert done.returncode == 1 and "needy: No module named 'a_library_that_nobody_has'; install" in done.stderr
