@@ -586,7 +586,7 @@ def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, bas
     """Convert an original LLaVA checkpoint or merge an adapter into a folder of the caller's own."""
     from shortv_llava.conversion import convert
 
-    for note in convert(source, output, vision_tower, base_weights=base_weights):
+    for note in convert(source, output, vision_tower, base_weights):
         logger.warning(note)
 
 
