@@ -10,7 +10,6 @@ separate tower's dtype.
 
 import ast
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.json_files import read_json, write_json
 from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
-from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
+from shortv_llava.processors import PROCESSOR_PATTERNS, copy_files
 from shortv_llava.tensors import (
     DTYPES,
     PlannedTensor,
@@ -183,14 +182,9 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
             raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the base {base}")
     output.mkdir(parents=True, exist_ok=True)
     write_weights(output, merged, {}, "Merging")
-    copied = [(base, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))]
+    copy_files(base, output, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))
     if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        copied.append((adapter, PROCESSOR_PATTERNS))  # a whole one, as it was trained with
-    for folder, patterns in copied:
-        for path in files_like(folder, patterns):
-            copy = output / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(adapter, output, PROCESSOR_PATTERNS)  # a whole one, as it was trained with
     return []
 
 
@@ -243,9 +237,7 @@ def vision_target(name: str) -> str | None:
     return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA takes SigLIP's patches, not its summary
 
 
-def plan_tower(
-    plan: dict[str, PlannedTensor], source: Path, vision_tower: Path | str | None
-) -> tuple[Path, dict]:
+def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path | str | None) -> tuple[Path, dict]:
     """Put the vision tower's tensors into the plan, unless the checkpoint holds them.
 
     Returns:
