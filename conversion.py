@@ -31,7 +31,7 @@ from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adap
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.json_files import read_json, write_json
-from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
+from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_part
 from shortv_llava.processors import PROCESSOR_PATTERNS, copy_files
 from shortv_llava.tensors import (
     DTYPES,
@@ -244,7 +244,8 @@ def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path 
         The tower's folder, and its configuration as LLaVA uses it.
     """
     inside = any(target.startswith(VISION_PREFIX) for target in plan)
-    tower = tower_folder(source, vision_tower, with_weights=not inside)
+    hint = "pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
+    tower = fetch_part(source, vision_tower, "vision tower", hint, weights=not inside)
     vision_config = vision_config_of(tower)
     if not inside:
         plan.update(plan_tensors(weight_files(tower), tower_target))
@@ -340,18 +341,6 @@ def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
 
 
 # The vision tower
-
-
-def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> Path:
-    """The tower's folder, from the Hub if it is no local one; without weights unless they are wanted."""
-    if not tower or not isinstance(tower, (str, Path)):
-        raise ShortVError(f"{source}: its config.json names no vision tower; pass --vision-tower DIR")
-    try:
-        return fetch_checkpoint(str(tower), with_weights)
-    except ShortVError as error:
-        raise ShortVError(
-            f"the vision tower {error}; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
-        ) from error
 
 
 def vision_config_of(tower: Path) -> dict:

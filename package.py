@@ -150,6 +150,11 @@ def check_name(base: str) -> None:
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
 
 
+def model_name(base: str) -> str:
+    """What a model is called by: its Hub id, or its folder's name."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
+
+
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     """The local folder of a checkpoint in either layout, as it is; from the Hub without its weights if so wanted.
 
@@ -186,6 +191,24 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
         raise
     except Exception as error:  # the client's errors differ by version and transport
         raise ShortVError(f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}") from error
+
+
+def fetch_part(checkpoint: Path, part: Path | str | None, what: str, hint: str, weights: bool = True) -> Path:
+    """The local folder of what a checkpoint lacks and names, or what was given in its place, as [`fetch_checkpoint`].
+
+    Args:
+        part: a folder or Hub id.
+        what: it is, and `hint` how to give it, for the error.
+
+    Raises:
+        ShortVError: if it is not named or cannot be had.
+    """
+    if not part or not isinstance(part, (str, Path)):
+        raise ShortVError(f"{checkpoint}: does not name its {what}; {hint}")
+    try:
+        return fetch_checkpoint(str(part), weights)
+    except ShortVError as error:
+        raise ShortVError(f"{checkpoint}: its {what} cannot be had ({error}); {hint}") from error
 
 
 def split_revision(base: str) -> tuple[str, str | None]:
