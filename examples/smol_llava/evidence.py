@@ -35,12 +35,14 @@ from shortv_llava.calibrate.correction import (
     set_corrections,
 )
 from shortv_llava.calibrate.samples import make_inputs
-from shortv_llava.calibrate.selection import Units, lowest
+from shortv_llava.calibrate.selection import Units
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
+from shortv_llava.flops import lowest
+from shortv_llava.json_lines import read_jsonl
 from shortv_llava.outputs import replacing_file
 from shortv_llava.package import LAYER_LISTS, load_model
 from shortv_llava.processors import load_processor
@@ -572,8 +574,7 @@ def summary(lc: Sequence[float]) -> dict[str, str]:
 def training(log: Path) -> None:
     """LC and accuracy along the training, from the log that it wrote."""
     rows = []
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for _, entry in read_jsonl(log):
         norms = entry["norms"]
         rows.append(
             {
