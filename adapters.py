@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.json_files import read_json
-from shortv_llava.package import fetch_checkpoint
+from shortv_llava.package import fetch_part
 from shortv_llava.tensors import LowRankUpdate, PlannedTensor, check_dtypes, has_weights, plan_tensors
 
 # What PEFT, LLaVA and the versions of transformers put around a module's name; without these it is unique.
@@ -32,13 +32,7 @@ def base_folder(adapter: Path, base: Path | str | None) -> Path:
         ShortVError: if it names none, it cannot be had, or it is an adapter itself.
     """
     base = base or read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    hint = "pass --base-weights DIR|HUB_ID"
-    if not base or not isinstance(base, (str, Path)):
-        raise ShortVError(f"{adapter}: its adapter_config.json does not name its base; {hint}")
-    try:
-        folder = fetch_checkpoint(str(base))
-    except ShortVError as error:
-        raise ShortVError(f"{adapter}: is an adapter, and its base cannot be had ({error}); {hint}") from error
+    folder = fetch_part(adapter, base, "base model", "pass --base-weights DIR|HUB_ID")
     if is_adapter(folder):
         raise ShortVError(f"{folder}: is an adapter itself; merge it into its base first")
     return folder

@@ -570,6 +570,16 @@ def evaluate(
     metric: Annotated[
         str | None, typer.Option(help="Metric to score their answers with, as `gqa` or `vqa_accuracy`.")
     ] = None,
+    lmms_tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lmms-eval, which must be installed, separated by commas, instead of --task."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of further tasks of lmms-eval, laid out as its own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most samples of each of lmms-eval's tasks; by default all.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Evaluate the dense model too.")] = False,
     sweep: Annotated[
         str | None, typer.Option(help="Numbers of replaced layers to compare with the dense model, as `8,16,24`.")
@@ -620,47 +630,25 @@ def evaluate(
         shortv evaluate my-shortv --questions q.jsonl --images photos --output q
 
         shortv evaluate my-shortv --task gqa --method shortv,vtw:16 --output gqa
+
+        shortv evaluate my-shortv --lmms-tasks docvqa_val,ocrbench --output lmms
     """
+    given = locals()
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
 
         typer.echo("\n".join(sorted(TASKS)))
         raise typer.Exit
     with loading(model):
-        from shortv_llava.evaluation.command import Data, check, run
-        from shortv_llava.package import check_name, leave_processes, parse_layers
+        from shortv_llava.evaluation.command import EvaluationOptions, run
+        from shortv_llava.package import leave_processes
 
         _check_bits(load_in_4bit, load_in_8bit)
-        if replaced_layers is not None:
-            parse_layers(replaced_layers, model)
-        check_name(model)
-        asked = Data(task, data, questions, images, metric)
-        check(asked, output, compare, sweep, method, card)
+        options = EvaluationOptions(**given)
+        options.check()
         import shortv_llava.evaluation.run  # noqa: F401, takes seconds
 
-    run(
-        model,
-        asked,
-        output,
-        compare=compare,
-        sweep=sweep,
-        method=method,
-        card=card,
-        loading={
-            "replaced_layers": replaced_layers,
-            "dtype": dtype,
-            "device_map": device_map,
-            "load_in_4bit": load_in_4bit,
-            "load_in_8bit": load_in_8bit,
-            "image_aspect_ratio": image_aspect_ratio,
-        },
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        shared_prefix=shared_prefix,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    run(options)
     leave_processes()
 
 

@@ -10,7 +10,6 @@ separate tower's dtype.
 
 import ast
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +31,8 @@ from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adap
 from shortv_llava.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.json_files import read_json, write_json
-from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_checkpoint
-from shortv_llava.processors import PROCESSOR_PATTERNS, files_like
+from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_part
+from shortv_llava.processors import PROCESSOR_PATTERNS, copy_files
 from shortv_llava.tensors import (
     DTYPES,
     PlannedTensor,
@@ -77,12 +76,11 @@ VISION_KEYS = (
 
 
 class SpecialTokens(NamedTuple):
-    """The tokens that stand for an image and a video, and padding, which a source without tokenizer may lack."""
+    """Ids of the tokens that stand for an image, for a video, in families that take those, and for padding."""
 
-    image: str
-    image_id: int
-    video_id: int | None  # of the families that take videos
-    pad_id: int | None
+    image: int
+    video: int | None
+    pad: int
 
 
 def is_original(folder: Path) -> bool:
@@ -111,12 +109,12 @@ def convert(
     source: Path,
     output: Path,
     vision_tower: Path | str | None = None,
-    image_token_id: int | None = None,
     base_weights: Path | str | None = None,
 ) -> list[str]:
     """Write the checkpoint `source` into the folder `output` in the layout of the llava-hf checkpoints.
 
-    Peak memory is the largest shard of the source and at most 200 MB more.
+    Peak memory is the largest shard of the source and at most 200 MB more. The tokens `<image>` and `<pad>` are added,
+    and the embeddings grow to a multiple of 64 rows.
 
     Args:
         source: folder with config.json, weights (.safetensors or .bin, sharded or not) and perhaps a tokenizer; or a
@@ -124,8 +122,6 @@ def convert(
         output: a folder of the caller's own; on an error it may be left half written.
         vision_tower: folder or Hub id of the vision tower; by default what config.json calls `mm_vision_tower`. Where
             the checkpoint holds the tower's weights, only the configuration is taken from here.
-        image_token_id: a token of the vocabulary that stands for an image; then no tokens are added. By default
-            `<image>` and `<pad>` are, and the embeddings grow to a multiple of 64 rows.
         base_weights: folder or Hub id of what an adapter was trained on, a LLaVA or a plain language model; by default
             the one its adapter_config.json names.
 
@@ -144,51 +140,24 @@ def convert(
             return merge(adapter, weights, output)
         source = weights
     config = read_json(source / "config.json")
-    backbone = backbone_of(source, config)
-    text_config = text_config_of(source, config, backbone)
+    text_config = text_config_of(source, config, backbone_of(source, config))
     check_presence(source, weights)
 
     plan = plan_tensors(weight_files(weights), checkpoint_target)
-    tower_inside = any(target.startswith(VISION_PREFIX) for target in plan)
-    tower = tower_folder(source, vision_tower or config["mm_vision_tower"], with_weights=not tower_inside)
-    vision_config = vision_config_of(tower)
-    if not tower_inside:
-        plan |= plan_tensors(weight_files(tower), tower_target)
-    if vision_config["model_type"] == "siglip_vision_model":
-        drop_last_layer(plan, vision_config, tower_inside)
+    tower, vision_config = plan_tower(plan, source, vision_tower or config["mm_vision_tower"])
     family = family_of(source, config, vision_config, notes)
     dtype = plan[EMBEDDINGS].dtype if EMBEDDINGS in plan else None
-    if adapter:
-        plan = with_adapter(plan, adapter, lambda name: checkpoint_target(original_name(name)))
-    if config.get("tie_word_embeddings") and LM_HEAD not in plan and EMBEDDINGS in plan:
-        plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: transformers 4 and 5 do not agree on how LLaVA is tied
-    if family == "llava":
-        plan.pop("image_newline", None)  # LLaVA reads it for tiled images alone
+    plan = complete_plan(plan, adapter, config, family)
     check_plan(source, plan, expected_shapes(source, text_config, vision_config, family))
     model_config = model_config_of(source, config, family, text_config, vision_config)
-    vocab_size = text_config["vocab_size"]
-    if image_token_id is not None and not 0 <= image_token_id < vocab_size:
-        raise ShortVError(f"{source}: image token {image_token_id} is not in its vocabulary, 0 to {vocab_size - 1}")
 
     output.mkdir(parents=True, exist_ok=True)
-    tokens = write_tokenizer(weights, output, text_config, family, image_token_id, notes)
-    if image_token_id is None:
-        rows = max(vocab_size, *(1 + number for number in tokens[1:] if number is not None))
-        text_config["vocab_size"] = -(-rows // PAD_VOCABULARY_TO) * PAD_VOCABULARY_TO
-    text_config["pad_token_id"] = model_config["pad_token_id"] = tokens.pad_id
-    model_config["image_token_index"] = tokens.image_id
-    if tokens.video_id is not None:
-        model_config["video_token_index"] = tokens.video_id
+    num_new_rows = add_tokens(model_config, write_tokenizer(weights, output, text_config, family, notes))
     model_config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     write_json(output / "config.json", model_config)
     write_generation_config(weights, output, model_config)
-    write_processor(tower, output, model_config, config, tokens.image, notes)
-
-    new_rows, num_new_rows = {}, text_config["vocab_size"] - vocab_size
-    if num_new_rows:
-        with open_shard(plan[EMBEDDINGS].file) as stored:
-            drawn = draw_rows(stored[plan[EMBEDDINGS].name].read(), 2 * num_new_rows)
-        new_rows = {EMBEDDINGS: drawn[:num_new_rows], LM_HEAD: drawn[num_new_rows:]}
+    write_processor(tower, output, model_config, config, notes)
+    new_rows = draw_new_rows(plan[EMBEDDINGS], num_new_rows)
     # LLaVA too casts a separate tower to the language model's dtype.
     plan = {target: tensor._replace(dtype=dtype) for target, tensor in plan.items()}
     write_weights(output, plan, new_rows, "Converting")
@@ -213,14 +182,9 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
             raise ShortVError(f"{tensor.file}: the tensor {tensor.name} has no place in the base {base}")
     output.mkdir(parents=True, exist_ok=True)
     write_weights(output, merged, {}, "Merging")
-    copied = [(base, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))]
+    copy_files(base, output, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))
     if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        copied.append((adapter, PROCESSOR_PATTERNS))  # a whole one, as it was trained with
-    for folder, patterns in copied:
-        for path in files_like(folder, patterns):
-            copy = output / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(adapter, output, PROCESSOR_PATTERNS)  # a whole one, as it was trained with
     return []
 
 
@@ -273,6 +237,36 @@ def vision_target(name: str) -> str | None:
     return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA takes SigLIP's patches, not its summary
 
 
+def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path | str | None) -> tuple[Path, dict]:
+    """Put the vision tower's tensors into the plan, unless the checkpoint holds them.
+
+    Returns:
+        The tower's folder, and its configuration as LLaVA uses it.
+    """
+    inside = any(target.startswith(VISION_PREFIX) for target in plan)
+    hint = "pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
+    tower = fetch_part(source, vision_tower, "vision tower", hint, weights=not inside)
+    vision_config = vision_config_of(tower)
+    if not inside:
+        plan.update(plan_tensors(weight_files(tower), tower_target))
+    if vision_config["model_type"] == "siglip_vision_model":
+        drop_last_layer(plan, vision_config, inside)
+    return tower, vision_config
+
+
+def complete_plan(
+    plan: dict[str, PlannedTensor], adapter: Path | None, config: dict, family: str
+) -> dict[str, PlannedTensor]:
+    """The plan with an adapter merged, a tied head written out, and without what the family does not read."""
+    if adapter:
+        plan = with_adapter(plan, adapter, lambda name: checkpoint_target(original_name(name)))
+    if config.get("tie_word_embeddings") and LM_HEAD not in plan and EMBEDDINGS in plan:
+        plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: transformers 4 and 5 do not agree on how LLaVA is tied
+    if family == "llava":
+        plan.pop("image_newline", None)  # LLaVA reads it for tiled images alone
+    return plan
+
+
 def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_inside: bool) -> None:
     """Leave out SigLIP's last layer, which LLaVA cuts off; a checkpoint that holds the tower holds it cut."""
     last = vision_config["num_hidden_layers"] - 1
@@ -319,6 +313,15 @@ def check_plan(source: Path, plan: dict[str, PlannedTensor], expected: dict[str,
         raise ShortVError(f"{source}: nothing in it becomes the tensor {missing[0]}{more}; get its weights again")
 
 
+def draw_new_rows(embeddings: PlannedTensor, number: int) -> dict[str, torch.Tensor]:
+    """Rows of new tokens by the tensor that they go to, the embeddings and the head; see [`draw_rows`]."""
+    if not number:
+        return {}
+    with open_shard(embeddings.file) as stored:
+        drawn = draw_rows(stored[embeddings.name].read(), 2 * number)
+    return {EMBEDDINGS: drawn[:number], LM_HEAD: drawn[number:]}
+
+
 def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
     """Draw rows for new tokens: normal, with the mean of `embeddings` (V, h) and 1e-5 of their covariance.
 
@@ -338,18 +341,6 @@ def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
 
 
 # The vision tower
-
-
-def tower_folder(source: Path, tower: Path | str | None, with_weights: bool) -> Path:
-    """The tower's folder, from the Hub if it is no local one; without weights unless they are wanted."""
-    if not tower or not isinstance(tower, (str, Path)):
-        raise ShortVError(f"{source}: its config.json names no vision tower; pass --vision-tower DIR")
-    try:
-        return fetch_checkpoint(str(tower), with_weights)
-    except ShortVError as error:
-        raise ShortVError(
-            f"the vision tower {error}; pass --vision-tower DIR, the folder of a CLIP or SigLIP model"
-        ) from error
 
 
 def vision_config_of(tower: Path) -> dict:
@@ -451,6 +442,19 @@ def model_config_of(source: Path, config: dict, family: str, text_config: dict, 
     return model_config
 
 
+def add_tokens(model_config: dict, tokens: SpecialTokens) -> int:
+    """Name the special tokens in the configuration and let the vocabulary grow. Returns the number of new rows."""
+    text_config = model_config["text_config"]
+    before = text_config["vocab_size"]
+    rows = max(before, *(1 + number for number in tokens if number is not None))
+    text_config["vocab_size"] = -(-rows // PAD_VOCABULARY_TO) * PAD_VOCABULARY_TO
+    text_config["pad_token_id"] = model_config["pad_token_id"] = tokens.pad
+    model_config["image_token_index"] = tokens.image
+    if tokens.video is not None:
+        model_config["video_token_index"] = tokens.video
+    return text_config["vocab_size"] - before
+
+
 def grid_pinpoints(source: Path, config: dict, image_size: int) -> list[list[int]]:
     """(height, width) of every tiling.
 
@@ -481,21 +485,13 @@ def write_generation_config(source: Path, output: Path, model_config: dict) -> N
 # Tokenizer and image processor
 
 
-def write_tokenizer(
-    source: Path, output: Path, text_config: dict, family: str, image_token_id: int | None, notes: list[str]
-) -> SpecialTokens:
+def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, notes: list[str]) -> SpecialTokens:
     """Write the tokenizer with its chat template, unless the source has none."""
     visual = VISUAL_TOKENS.get(family, ("<image>",))
-    if image_token_id is not None and "<video>" in visual:
-        raise ShortVError(
-            f"{source}: takes videos, too; the vocabulary's token {image_token_id} stands for images alone"
-        )
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         notes.append(f"{source}: has no tokenizer, so the output has none and takes only token ids")
-        if image_token_id is not None:
-            return SpecialTokens("<image>", image_token_id, None, text_config.get("pad_token_id"))
         ids = {token: number for number, token in enumerate((*visual, "<pad>"), start=text_config["vocab_size"])}
-        return SpecialTokens("<image>", ids["<image>"], ids.get("<video>"), ids["<pad>"])
+        return SpecialTokens(ids["<image>"], ids.get("<video>"), ids["<pad>"])
 
     # AutoTokenizer would rebuild a tokenizer.json by its class, each version of transformers in its own way.
     ready = (source / "tokenizer.json").is_file()
@@ -510,19 +506,13 @@ def write_tokenizer(
     except Exception as error:  # broken files and missing libraries fail in ways that differ by version
         hint = "get tokenizer.json again" if ready else "try pip install sentencepiece protobuf"
         raise ShortVError(f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}") from error
-    if image_token_id is None:
-        image_token = "<image>"
-        added = [AddedToken(token, special=True, normalized=False) for token in visual]
-        tokenizer.add_tokens(added, special_tokens=True)
-        if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
-            tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
-    else:
-        image_token = tokenizer.convert_ids_to_tokens(image_token_id)
-        if image_token is None:
-            raise ShortVError(f"{source}: its tokenizer has no token {image_token_id} to stand for an image")
+    added = [AddedToken(token, special=True, normalized=False) for token in visual]
+    tokenizer.add_tokens(added, special_tokens=True)
+    if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
 
     template = FORMATS[format_of(text_config["model_type"], tokenizer.get_vocab())]
-    (output / "chat_template.jinja").write_text(template.replace("<image>", image_token), encoding="utf-8")
+    (output / "chat_template.jinja").write_text(template, encoding="utf-8")
     (output / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     write_json(
@@ -536,13 +526,11 @@ def write_tokenizer(
             "clean_up_tokenization_spaces": False,
         },
     )
-    image_id, video_id = (tokenizer.convert_tokens_to_ids(token) for token in (image_token, "<video>"))
-    return SpecialTokens(image_token, image_id, video_id if "<video>" in visual else None, tokenizer.pad_token_id)
+    image, video = (tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<video>"))
+    return SpecialTokens(image, video if "<video>" in visual else None, tokenizer.pad_token_id)
 
 
-def write_processor(
-    tower: Path, output: Path, model_config: dict, config: dict, image_token: str, notes: list[str]
-) -> None:
+def write_processor(tower: Path, output: Path, model_config: dict, config: dict, notes: list[str]) -> None:
     """Write the image processor, and where there is one the video processor, and what LLaVA's processor adds."""
     family, vision_config = model_config["model_type"], model_config["vision_config"]
     siglip = vision_config["model_type"] == "siglip_vision_model"
@@ -565,7 +553,7 @@ def write_processor(
         images["image_grid_pinpoints"] = model_config["image_grid_pinpoints"]
     processor = {
         "processor_class": ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor"),
-        "image_token": image_token,
+        "image_token": "<image>",
         "vision_feature_select_strategy": model_config["vision_feature_select_strategy"],
     }
     if family == "llava_onevision":

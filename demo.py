@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.benchmarks.models import make_pair
-from shortv_llava.benchmarks.prefill import Variant, measure
+from shortv_llava.benchmarks.prefill import Setting, Variant, measure
 from shortv_llava.benchmarks.sizes import SHAPES
 from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
@@ -67,7 +67,7 @@ def run(output: Path) -> None:
     console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
     shape, number = SHAPES["scaled"], number_of_layers(SHAPES["scaled"].num_layers)
     variant = Variant((shape.layers(number), [], []))
-    found = measure(*make_pair(shape), shape, variant, text_tokens=64, batch=1, pairs=5)
+    found = measure(*make_pair(shape), Setting("scaled", pairs=5), variant)
     speed = found["language_model"]
     console.print(
         f"{number} of {shape.num_layers} layers replaced: {speed['stock']:.2f} s -> {speed['ours']:.2f} s, "

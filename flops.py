@@ -1,4 +1,4 @@
-"""What a prefill costs with frozen visual tokens: the cost model of ShortV, section 3.3.
+"""What a prefill costs with frozen visual tokens, the cost model of ShortV's section 3.3; which layers go first.
 
 A multiply-add counts as two operations. The paper's formulas are for multi-head attention; here keys and values may be
 narrower (grouped-query attention), either block of a layer may be frozen alone, and frozen tokens may be corrected.
@@ -93,3 +93,14 @@ def image_tokens(config) -> int:
     if limit.startswith("anyres_max_"):
         tiles = min(tiles, 1 + int(limit.removeprefix("anyres_max_")))
     return tiles * side**2
+
+
+def lowest(scores: Sequence[float], number: int | None = None) -> list[int]:
+    """The `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
+    return sorted(range(len(scores)), key=lambda unit: (scores[unit], -unit))[:number]
+
+
+def replacement_order(config) -> list[int]:
+    """Layers in order of replacement: the configuration's own, then, where they are scored, the others by LC."""
+    order = list(config.replaced_layers)
+    return order + [layer for layer in lowest(config.lc_scores or ()) if layer not in order]

@@ -11,7 +11,7 @@ from urllib.error import URLError
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, reason
 
 MAX_PIXELS = 80_000_000
 MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
@@ -44,7 +44,7 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise ShortVError(f"{path}: no such image") from None
     except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ShortVError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def check_sides(image: Image.Image, source: str) -> None:
@@ -104,8 +104,8 @@ def _download(url: str) -> bytes:
     if isinstance(result, ShortVError):
         raise result
     if isinstance(result, Exception):
-        reason = result.reason if type(result) is URLError else result
-        raise ShortVError(f"{url}: cannot be downloaded ({reason})") from result
+        why = result.reason if type(result) is URLError else result
+        raise ShortVError(f"{url}: cannot be downloaded ({why})") from result
     return result
 
 

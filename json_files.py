@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, reason
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -41,7 +41,7 @@ def read_json(path: Path, kind: type[dict] | type[list] = dict) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ShortVError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
+        raise ShortVError(f"{path}: cannot be read ({reason(error)}); get the file again") from error
     content = parse_json(data, str(path))
     if not isinstance(content, kind):
         raise ShortVError(f"{path}: holds no JSON {'object' if kind is dict else 'array'}; get the file again")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, reason
 
 JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
 UNFINISHED = ".shortv-unfinished"  # in a folder that cannot be renamed away: what is to be put there
@@ -56,7 +56,7 @@ def check_writable(output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ShortVError(f"{output}: cannot be made ({error.strerror}); give another folder") from error
+        raise ShortVError(f"{output}: cannot be made ({reason(error)}); give another folder") from error
     written = output if _stays(output) else output.parent
     if not os.access(written, os.W_OK | os.X_OK):
         raise ShortVError(f"{written}: no permission to write; give another folder")
@@ -74,8 +74,7 @@ def resolved(output: Path) -> Path:
         folder.exists()  # fails for names that are too long
         return folder
     except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ShortVError(f"{str(output)!r} is no usable path ({reason}); give another folder") from error
+        raise ShortVError(f"{str(output)!r} is no usable path ({reason(error)}); give another folder") from error
 
 
 @contextmanager

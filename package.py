@@ -5,11 +5,11 @@ every engine knows. Only checkpoints in the original LLaVA layout are converted.
 """
 
 import atexit
+import copy
 import errno
 import functools
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import re
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from shortv_llava.errors import ShortVError, first_line
 from shortv_llava.json_files import read_json, write_json
 from shortv_llava.outputs import check_folder, link_or_copy, replacing
-from shortv_llava.processors import PROCESSOR_PATTERNS, files_like, load_processor, process_probe, write_processor
+from shortv_llava.processors import PROCESSOR_PATTERNS, copy_files, load_processor, process_probe, write_processor
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
     converted = Path(temporary.name, *folder.absolute().parts[-3:])
     converted.mkdir(parents=True)
     convert_checkpoint(folder, converted, vision_tower, base_weights)
-    for path in files_like(folder, (CARD_FILE, *TERMS_PATTERNS)):
-        shutil.copyfile(path, converted / path.name)
+    copy_files(folder, converted, (CARD_FILE, *TERMS_PATTERNS))
     return converted
 
 
@@ -149,6 +148,11 @@ def check_name(base: str) -> None:
     repo_id, _ = split_revision(base)
     if Path(base).is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or base.startswith("."):
         raise ShortVError(f"{base}: no such folder, and no Hub id (owner/name) either")
+
+
+def model_name(base: str) -> str:
+    """What a model is called by: its Hub id, or its folder's name."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
@@ -189,6 +193,24 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
         raise ShortVError(f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}") from error
 
 
+def fetch_part(checkpoint: Path, part: Path | str | None, what: str, hint: str, weights: bool = True) -> Path:
+    """The local folder of what a checkpoint lacks and names, or what was given in its place, as [`fetch_checkpoint`].
+
+    Args:
+        part: a folder or Hub id.
+        what: it is, and `hint` how to give it, for the error.
+
+    Raises:
+        ShortVError: if it is not named or cannot be had.
+    """
+    if not part or not isinstance(part, (str, Path)):
+        raise ShortVError(f"{checkpoint}: does not name its {what}; {hint}")
+    try:
+        return fetch_checkpoint(str(part), weights)
+    except ShortVError as error:
+        raise ShortVError(f"{checkpoint}: its {what} cannot be had ({error}); {hint}") from error
+
+
 def split_revision(base: str) -> tuple[str, str | None]:
     """Id and revision of `owner/name@revision`; the revision may be left out."""
     repo_id, _, revision = base.partition("@")
@@ -227,8 +249,7 @@ def hub_reason(error: BaseException) -> str:
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
         return "there is no space left on this machine's disk; make room and run this again"
     if answer is None:
-        reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
-        reason = re.sub(r"\?\S+", "", reason)  # links to the storage are signed
+        reason = re.sub(r"\?\S+", "", first_line(causes[-1]))  # links to the storage are signed
         return f"{reason}; check the connection to the Hub and run this again"
     status, said = answer.response.status_code, getattr(answer, "server_message", None)
     said = f"{status}: {' '.join(said.split())}" if said else f"{status}"
@@ -277,6 +298,13 @@ def _own_type(entries: dict) -> str:
     return MODEL_TYPES.get(entries["model_type"], entries["model_type"])
 
 
+def _model_class(model_type: str) -> type:
+    """The class of models of one of ShortV's types."""
+    from shortv_llava import MODEL_CLASSES
+
+    return next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
+
+
 def config_object(entries: dict):
     """The ShortV configuration of a config.json's entries; those of a plain LLaVA have no frozen layers.
 
@@ -287,7 +315,7 @@ def config_object(entries: dict):
 
     model_type = _own_type(entries)
     config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
-    return config_class.from_dict(json.loads(json.dumps(entries | {"model_type": model_type})))  # reading changes them
+    return config_class.from_dict(copy.deepcopy(entries | {"model_type": model_type}))  # reading changes them
 
 
 def package_config(base_config: dict, **settings) -> dict:
@@ -352,57 +380,97 @@ def write_package(
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; nothing is left then.
     """
-    from shortv_llava.conversion import is_original, must_convert
-    from shortv_llava.model_card import base_metadata, read_card, write_card
-    from shortv_llava.tensors import weight_files, weight_index
+    from shortv_llava.model_card import base_metadata, write_card
 
-    original, converted = is_original(base), must_convert(base)
-    if converted and not weights:
+    entries, card, model = _checked(base, output, overwrite, weights, corrections is not None, settings)
+    converted = model is None
+    with replacing(output) as staging:
+        if converted:
+            convert_checkpoint(base, staging, vision_tower, base_weights)
+            entries = package_config(read_config(staging), **settings)
+            model = model_without_weights(base, config_object(entries))
+        write_json(staging / "config.json", entries)
+        _put_processor(base, staging if converted else base, staging, model, chat_template, image_aspect_ratio)
+        copy_files(base, staging, TERMS_PATTERNS if converted else OTHER_PATTERNS)
+        if not converted:
+            _put_weights(base, staging, weights)
+        if corrections or (corrections is not None and (staging / CORRECTION_FILE).exists()):
+            put_corrections(staging, corrections)
+        copy_files(Path(__file__).parent, staging, CODE_FILES)
+        if write_more is not None:
+            write_more(staging)
+        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
+
+
+class Checked(NamedTuple):
+    """What is known of a package before it is written.
+
+    Args:
+        entries: of its config.json; none where that comes of a conversion.
+        card: of the package that it replaces.
+        model: on the meta device; none where the checkpoint is to be converted.
+    """
+
+    entries: dict | None
+    card: Any
+    model: Any
+
+
+def _checked(
+    base: Path, output: Path, overwrite: bool, weights: bool, with_corrections: bool, settings: dict
+) -> Checked:
+    """Everything that can be wrong with [`write_package`]'s arguments, told before any long work."""
+    from shortv_llava.conversion import is_original, must_convert
+
+    original, entries = is_original(base), None
+    if must_convert(base) and not weights:
         kind = "its layout is LLaVA's own" if original else "is an adapter"
         raise ShortVError(f"{base}: {kind}, whose weights are converted; leave out --no-weights")
-    if original:  # the layers are checked before the long work
+    if original:  # only the layers can be checked
         known = read_json(base / "config.json")
         text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
         package_config({"model_type": "llava", "text_config": text_config}, **settings)
-    elif not converted:
+    elif not must_convert(base):
         known = read_config(base)
-        if corrections is not None:
+        if with_corrections:
             known = {key: value for key, value in known.items() if key not in CORRECTION}
         entries = package_config(known, **settings)
     check_output(output, overwrite, base)
+    card = _card_before(output)
+    return Checked(entries, card, None if entries is None else check_model(base, entries, weights))
+
+
+def _card_before(output: Path):
+    """The card of the package that is replaced, without its scores."""
+    from shortv_llava.model_card import read_card
+
     card = read_card(output / CARD_FILE)
     if card and card.data.eval_results:
         measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
         logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
         card.data.eval_results = card.data.model_name = None
-    model = None if converted else check_model(base, entries, weights)
-    with replacing(output) as staging:
-        if converted:
-            convert_checkpoint(base, staging, vision_tower, base_weights)
-            entries = package_config(read_config(staging), **settings)
-        write_json(staging / "config.json", entries)
-        source = staging if converted else base
-        config = config_object(entries)
-        processor, notes = write_processor(source, staging, config, chat_template, image_aspect_ratio)
-        if processor is not None:
-            check_pictures(base, model or model_without_weights(base, config), processor)
-        for note in notes:
-            logger.warning(f"{base}: {note}")
-        copied = files_like(base, TERMS_PATTERNS if converted else OTHER_PATTERNS)
-        if weights and not converted:
-            for path in weight_files(base):
-                link_or_copy(path, staging / path.name)
-        if not converted and (index := weight_index(base)):
-            copied.append(index)
-        for path in copied:
-            shutil.copyfile(path, staging / path.name)
-        if corrections or (corrections is not None and (staging / CORRECTION_FILE).exists()):
-            put_corrections(staging, corrections)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).parent / name, staging / name)
-        if write_more is not None:
-            write_more(staging)
-        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
+    return card
+
+
+def _put_processor(
+    base: Path, source: Path, target: Path, model, chat_template: str | None, image_aspect_ratio: str
+) -> None:
+    """Write the processor of `source` into `target` and try it with the model; tell what was put right in the base."""
+    processor, notes = write_processor(source, target, model.config, chat_template, image_aspect_ratio)
+    if processor is not None:
+        check_pictures(base, model, processor)
+    for note in notes:
+        logger.warning(f"{base}: {note}")
+
+
+def _put_weights(base: Path, target: Path, weights: bool) -> None:
+    """Link or copy the weights of a checkpoint, or where they come later their index alone."""
+    from shortv_llava.tensors import weight_files, weight_index
+
+    for path in weight_files(base) if weights else ():
+        link_or_copy(path, target / path.name)
+    if index := weight_index(base):
+        shutil.copyfile(index, target / index.name)
 
 
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
@@ -416,7 +484,7 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        found = json.loads(index.read_text(encoding="utf-8"))
+        found = read_json(index)
     elif single.is_file():
         single.rename(folder / SHARD)
         with safe_open(folder / SHARD, framework="pt") as file:
@@ -431,7 +499,7 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
     kept = {name: file for name, file in found["weight_map"].items() if file != CORRECTION_FILE}
     found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)
     found.get("metadata", {}).pop("total_size", None)  # the base's
-    index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(index, found)
 
 
 def check_model(folder: Path, entries: dict, weights: bool = True):
@@ -457,7 +525,6 @@ def _check_weights(folder: Path) -> None:
     """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
     import torch
 
-    from shortv_llava import MODEL_CLASSES
     from shortv_llava.tensors import unpacked_shapes, weight_files
 
     entries = read_config(folder)
@@ -472,7 +539,7 @@ def _check_weights(folder: Path) -> None:
     # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
     states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with quiet():
-        model, info = next(c for c in MODEL_CLASSES if c.config_class is type(config)).from_pretrained(
+        model, info = _model_class(config.model_type).from_pretrained(
             None,
             config=config,
             state_dict=states,
@@ -524,12 +591,10 @@ def model_without_weights(folder: Path, config):
     """
     import torch
 
-    from shortv_llava import MODEL_CLASSES
-
     with quiet():
         try:
             with torch.device("meta"):
-                return next(c for c in MODEL_CLASSES if c.config_class is type(config))(config).eval()
+                return _model_class(config.model_type)(config).eval()
         except Exception as error:  # configurations of other models fail in ways that differ by version
             raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
 
@@ -586,7 +651,7 @@ def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, bas
     """Convert an original LLaVA checkpoint or merge an adapter into a folder of the caller's own."""
     from shortv_llava.conversion import convert
 
-    for note in convert(source, output, vision_tower, base_weights=base_weights):
+    for note in convert(source, output, vision_tower, base_weights):
         logger.warning(note)
 
 
@@ -601,8 +666,6 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
         ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
     """
     from transformers import BitsAndBytesConfig
-
-    from shortv_llava import MODEL_CLASSES
 
     if load_in_4bit or load_in_8bit:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -620,9 +683,8 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
                 r".*\.correction",
             ],
         )
-    model_type = _own_type(read_config(folder))
+    model_class = _model_class(_own_type(read_config(folder)))
     _stored_shapes(folder)
-    model_class = next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
     config = model_class.config_class.from_pretrained(folder)
     model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     _check_loading(folder, info)

@@ -4,7 +4,7 @@ Files of real checkpoints often lack what processors need: settings that stand i
 takes pictures. A package gets the files put right; a plain checkpoint is used as its package would be.
 """
 
-import json
+import copy
 import logging
 import shutil
 import tempfile
@@ -76,23 +76,11 @@ def write_processor(
         ShortVError: if the processor cannot be loaded, or gives no prompt with a picture.
     """
     if base != target:
-        for path in files_like(base, PROCESSOR_PATTERNS):
-            copy = target / path.relative_to(base)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(base, target, PROCESSOR_PATTERNS)
     if not (target / "tokenizer_config.json").is_file():
         return None, ["has no tokenizer, so its package has none and takes only token ids"]
     _check_files(base)
-    family, notes = config.model_type.removeprefix("shortv_"), []
-    _edit(target / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, target))
-    _edit(target / "processor_config.json", lambda settings: _processor_settings(settings, config, target, notes))
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if family in IMAGE_PROCESSORS_OF_TILES:
-            _edit(target / name, lambda settings: _cut_into_tiles(settings, config, notes))
-        elif image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
-            _edit(target / name, lambda settings: _pad(settings, notes))
-        elif image_aspect_ratio == "crop" and family in PADDED_FAMILIES:
-            _edit(target / name, _crop)
+    notes = _correct_settings(target, config, image_aspect_ratio)
     template = None if chat_template is None else read_template(chat_template)
     if template is not None:
         _write_template(target, template)
@@ -113,8 +101,7 @@ def write_processor(
             processor = _load(target, base)
             if problem_of(processor) is None:
                 notes.append(f"its chat template: {problem}; it gets {name}, --chat-template gives another")
-                problem = None
-                break
+                return processor, notes
     if problem:
         raise ShortVError(f"{base}: its chat template: {problem}; give one with --chat-template, a file or {_names()}")
     return processor, notes
@@ -210,6 +197,14 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
+def copy_files(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files in `folder` that match one of the patterns, under the same names, into another."""
+    for path in files_like(folder, patterns):
+        copied = target / path.relative_to(folder)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
+
+
 def _check_files(folder: Path) -> None:
     """See that the processor's files are there and hold JSON; transformers 4 makes settings up that it misses."""
     found = {path.name: read_json(path) for path in files_like(folder, PROCESSOR_PATTERNS) if path.suffix == ".json"}
@@ -247,10 +242,25 @@ def _load(folder: Path, source: Path):
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
     """Change the JSON object in a file; one that is empty stays unwritten."""
     before = read_json(path) if path.is_file() else {}
-    after = json.loads(json.dumps(before))
+    after = copy.deepcopy(before)
     change(after)
     if after != before:
         write_json(path, after)
+
+
+def _correct_settings(folder: Path, config, image_aspect_ratio: str) -> list[str]:
+    """Put the settings in a folder's files right, see [`write_processor`]. Returns what the user should know of it."""
+    family, notes = config.model_type.removeprefix("shortv_"), []
+    _edit(folder / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, folder))
+    _edit(folder / "processor_config.json", lambda settings: _processor_settings(settings, config, notes))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if family in IMAGE_PROCESSORS_OF_TILES:
+            _edit(folder / name, lambda settings: _cut_into_tiles(settings, config, notes))
+        elif image_aspect_ratio == "pad" and family in PADDED_FAMILIES:
+            _edit(folder / name, lambda settings: _pad(settings, notes))
+        elif image_aspect_ratio == "crop" and family in PADDED_FAMILIES:
+            _edit(folder / name, _crop)
+    return notes
 
 
 def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
@@ -261,7 +271,7 @@ def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
         settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
 
-def _processor_settings(settings: dict, config, folder: Path, notes: list[str]) -> None:
+def _processor_settings(settings: dict, config, notes: list[str]) -> None:
     """What LLaVA's processors need of config.json."""
     vision = config.vision_config
     pixtral = vision.model_type == "pixtral"

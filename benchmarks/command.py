@@ -11,6 +11,7 @@ from shortv_llava.benchmarks.sizes import SHAPES, check_layers_of, find_shape, s
 from shortv_llava.cli import loading
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
+from shortv_llava.flops import TEXT_TOKENS
 
 app = typer.Typer(
     help="Measure speed and memory on random weights.",
@@ -70,7 +71,7 @@ def prefill(
         str, typer.Option(help="Attention implementations of transformers, as `sdpa,eager`.")
     ] = "sdpa",
     batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
-    text_tokens: TextTokens = 64,
+    text_tokens: TextTokens = TEXT_TOKENS,
     cuda_graphs: Annotated[
         bool,
         typer.Option(
@@ -114,8 +115,8 @@ def prefill(
     with loading(LIBRARIES):
         from shortv_llava.benchmarks.prefill import run
 
-    switches = {"cuda_graphs": cuda_graphs, "fused_norms": fused_norms, "correction_rank": correction_rank}
-    run(model, numbers, methods, attention.split(","), batches, text_tokens, **switches, pairs=pairs, output=output)
+    common = {"text_tokens": text_tokens, "correction_rank": correction_rank, "fused_norms": fused_norms}
+    run(model, numbers, methods, attention.split(","), batches, cuda_graphs, output, pairs=pairs, **common)
 
 
 @app.command()
@@ -143,7 +144,7 @@ def decoding(
 def calibration(
     width: Width = 1024,
     num_layers: NumLayers = 16,
-    text_tokens: TextTokens = 64,
+    text_tokens: TextTokens = TEXT_TOKENS,
     image_side: ImageSide = 24,
     pairs: Pairs = 3,
 ) -> None:
@@ -258,7 +259,7 @@ def correction_fit(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the corrections.")] = 64,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures that are measured.")] = 8,
     samples: Annotated[int, typer.Option(min=1, help="Pictures that are worked out.")] = 200,
-    text_tokens: TextTokens = 64,
+    text_tokens: TextTokens = TEXT_TOKENS,
     device: Annotated[str, typer.Option(help="Where it runs, as in torch: `cpu`, `cuda`.")] = "cpu",
 ) -> None:
     """Seconds and memory of fitting corrections.
@@ -281,7 +282,7 @@ def correction_fit(
 def vllm_prefill(
     width: Width = 1024,
     num_layers: NumLayers = 16,
-    text_tokens: TextTokens = 64,
+    text_tokens: TextTokens = TEXT_TOKENS,
     image_side: ImageSide = 24,
     fraction: Fraction = 0.6,
     pairs: Pairs = 7,

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from shortv_llava.benchmarks.sizes import SHAPES, Shape, check_layers_of, find_s
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Dropping, Method
 from shortv_llava.figures import new_figure, save_figure
-from shortv_llava.flops import flops_ratio
+from shortv_llava.flops import TEXT_TOKENS, flops_ratio
 from shortv_llava.outputs import replacing_file
 from shortv_llava.package import PUBLISHED
 
@@ -30,6 +31,10 @@ PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first
     "llava-next-7b": {8: 1.15, 16: 1.35, 19: 1.44, 24: 1.64},
     "llava-next-13b": {8: 1.13, 16: 1.30, 24: 1.52, 32: 1.84},
 }
+
+
+LEGEND = """seconds, medians of {pairs} pairs, ± half the quartiles' distance; share: of the bound
+=: logits equal to the bit; memory: the prefill's peak over the stock model's"""
 
 
 class Variant(NamedTuple):
@@ -59,24 +64,54 @@ def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequen
     return found
 
 
-@torch.no_grad()
-def measure(
-    stock,
-    ours,
-    shape: Shape,
-    variant: Variant,
-    text_tokens: int,
-    batch: int,
-    pairs: int,
-    captured=False,
-    progress=lambda: None,
-) -> dict:
-    """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
-    published shapes are timed with the vision tower as well. If `captured`, both models replay CUDA graphs: then the
-    language model's prefill is its graph alone, and the time to first token has what the host does between the graphs.
+@dataclass(frozen=True)
+class Setting:
+    """How both models are run: one table.
+
+    Args:
+        model: a name of SHAPES.
+        attention: its implementation.
+        cuda_graphs: both models replay CUDA graphs. Then the language model's prefill is its graph alone, and the time
+            to first token has what the host does between the graphs.
+        fused_norms: norms are one kernel each.
+        correction_rank: of corrections of the frozen tokens; 0 for none.
+        pairs: of runs, stock and ours.
     """
+
+    model: str
+    attention: str = "sdpa"
+    batch: int = 1
+    text_tokens: int = TEXT_TOKENS
+    cuda_graphs: bool = False
+    fused_norms: bool = False
+    correction_rank: int = 0
+    pairs: int = 11
+
+    @property
+    def shape(self) -> Shape:
+        return find_shape(self.model)
+
+    @property
+    def title(self) -> str:
+        tokens = f"{self.shape.visual_tokens} + {self.text_tokens} tokens"
+        title = f"{self.model}, {self.attention}, batch {self.batch}, {tokens}"
+        title += ", CUDA graphs" * self.cuda_graphs + ", fused norms" * self.fused_norms
+        return title + f", corrections of rank {self.correction_rank}" * (self.correction_rank > 0)
+
+    @property
+    def timings(self) -> int:
+        """How often a variant is timed: with the vision tower, too, where that is the real one or a graph."""
+        return 2 if self.cuda_graphs or self.shape.published else 1
+
+
+@torch.no_grad()
+def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: None) -> dict:
+    """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
+    published shapes are timed with the vision tower as well.
+    """
+    shape, text_tokens = setting.shape, setting.text_tokens
     ours.set_replaced_layers(*variant.frozen)
-    inputs, device = make_inputs(ours, shape, text_tokens, batch), ours.device
+    inputs, device = make_inputs(ours, shape, text_tokens, setting.batch), ours.device
     visual_tokens, dropping = shape.visual_tokens, variant.dropping
     if dropping is not None:
         visual_tokens = dropping.visual_tokens(visual_tokens, shape.num_layers)
@@ -87,12 +122,12 @@ def measure(
         return model(**inputs, use_cache=True, logits_to_keep=1).logits
 
     def timed(*sides) -> dict:
-        return compare(*sides, pairs, device, progress=progress)._asdict()
+        return compare(*sides, setting.pairs, device, progress=progress)._asdict()
 
     sides = functools.partial(prefill, stock), functools.partial(prefill, ours)
     logits = [side() for side in sides]
     row["identical"] = torch.equal(*logits)
-    if captured:
+    if setting.cuda_graphs:
         with replayed(stock, inputs) as stock_graph, replayed(ours, inputs) as our_graph:
             torch.testing.assert_close([side() for side in sides], logits)
             row["to_first_token"] = timed(*sides)
@@ -160,77 +195,82 @@ def draw(path: Path, rows: list[dict]) -> None:
         save_figure(figure, axes, unfinished)
 
 
-def models(shape: Shape, device: str, dtype: torch.dtype, attention: str, correction_rank: int, fused_norms: bool):
-    """(stock, ours).
+def make_models(setting: Setting):
+    """The stock model and ours, on a GPU in bfloat16 if there is one.
 
     Raises:
-        ShortVError: if transformers has no such attention.
+        ShortVError: if there is no such implementation of attention.
     """
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        pair = make_pair(shape, device, dtype, attention, correction_rank)
+        pair = make_pair(setting.shape, device, dtype, setting.attention, setting.correction_rank)
     except (ImportError, ValueError) as error:  # transformers knows what is installed and supported
-        raise ShortVError(f"no model with attention {attention!r}: {error}") from None
-    for model in pair if fused_norms else ():
+        raise ShortVError(f"no model with attention {setting.attention!r}: {error}") from None
+    for model in pair if setting.fused_norms else ():
         fuse_norms(model)
     return pair
 
 
-def run(
-    names: list[str] | None,
-    numbers: list[int] | None,
-    methods: list[Method],
-    attention: list[str],
-    batches: list[int],
-    text_tokens: int,
-    cuda_graphs: bool,
-    fused_norms: bool,
-    correction_rank: int,
-    pairs: int,
-    output: Path | None,
+def run_model(
+    settings: Sequence[Setting], chosen: dict[str, Variant], console: Console, keep: Callable[[dict], None]
 ) -> None:
-    """Time to first token and memory against the stock model, and the share of the bound 1/r."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    names = names or [name for name, shape in SHAPES.items() if bool(shape.published) == (device == "cuda")]
-    check_layers_of(names, numbers or (), methods)
-    shapes = {name: find_shape(name) for name in names}
-    if cuda_graphs and device == "cpu":
-        raise ShortVError("--cuda-graphs needs a GPU")
+    """Measure two models, which all `settings` have in common, and print a table for each of these.
 
+    Args:
+        chosen: variants by name.
+        keep: gets every row as it comes; a later one may run out of memory.
+    """
+    name, shape = settings[0].model, settings[0].shape
+    console.print(f"{name}: making two models of {shape.num_layers} layers of width {shape.width}")
+    stock, ours = make_models(settings[0])
+    for setting in settings:
+        total = len(chosen) * setting.timings * (setting.pairs + WARM_UP)
+        console.print(f"{setting.title}: {', '.join(chosen)}; {total} pairs of prefills, stock and ours")
+        rows = []
+        with tqdm(total=total, desc="prefills", unit="pair", leave=False) as bar:
+            for label, variant in chosen.items():
+                with dropped(ours, variant.dropping):
+                    found = measure(stock, ours, setting, variant, bar.update)
+                rows.append(asdict(setting) | {"frozen": label} | found)
+                keep(rows[-1])
+        console.print(table(setting.title, rows))
+
+
+def run(
+    names: Sequence[str] | None,
+    numbers: list[int] | None,
+    methods: Sequence[Method],
+    attention: Sequence[str],
+    batches: Sequence[int],
+    cuda_graphs: bool,
+    output: Path | None,
+    **common,
+) -> None:
+    """Measure models and print what was found, a table for each [`Setting`].
+
+    Args:
+        names: of SHAPES; by default those that suit this machine.
+        numbers: of replaced layers; the paper's by default.
+        cuda_graphs: with each batch measured as graphs too.
+        output: folder for figures and plot.
+        common: to all settings.
+    """
+    names = names or [name for name in SHAPES if bool(SHAPES[name].published) == torch.cuda.is_available()]
+    check_layers_of(names, numbers or (), methods)
+    if cuda_graphs and not torch.cuda.is_available():
+        raise ShortVError("--cuda-graphs needs a GPU")
     rows, console = [], Console()
-    for name in names:
-        console.print(f"{name}: making two models of {shapes[name].num_layers} layers of width {shapes[name].width}")
-        for implementation in attention:
-            stock, ours = models(shapes[name], device, dtype, implementation, correction_rank, fused_norms)
-            for size, captured in itertools.product(batches, (False, True)[: 1 + cuda_graphs]):
-                title = f"{name}, {implementation}, batch {size}, {shapes[name].visual_tokens} + {text_tokens} tokens"
-                title += ", CUDA graphs" * captured + ", fused norms" * fused_norms
-                title += f", corrections of rank {correction_rank}" * (correction_rank > 0)
-                group, chosen = [], variants(name, shapes[name], numbers, methods)
-                timings = 2 if captured or shapes[name].published else 1  # with the vision tower, too
-                total = len(chosen) * timings * (pairs + WARM_UP)
-                console.print(f"{title}: {', '.join(chosen)}; {total} pairs of prefills, stock and ours")
-                bar = tqdm(total=total, desc="prefills", unit="pair", leave=False)
-                for label, variant in chosen.items():
-                    with dropped(ours, variant.dropping):
-                        found = measure(
-                            stock, ours, shapes[name], variant, text_tokens, size, pairs, captured, progress=bar.update
-                        )
-                    labels = {"model": name, "attention": implementation, "batch": size, "frozen": label}
-                    group.append(
-                        labels
-                        | {"cuda_graphs": captured, "fused_norms": fused_norms, "correction_rank": correction_rank}
-                        | found
-                    )
-                    if output is not None:  # after every line: a later one may run out of memory
-                        write_json(output / "prefill.json", rows + group)
-                bar.close()
-                console.print(table(title, group))
-                rows += group
-            del stock, ours
-    console.print(
-        f"seconds, medians of {pairs} pairs, ± half the quartiles' distance; share: of the bound\n"
-        "=: logits equal to the bit; memory: the prefill's peak over the stock model's"
-    )
+
+    def keep(row: dict) -> None:
+        rows.append(row)
+        if output is not None:
+            write_json(output / "prefill.json", rows)
+
+    for name, implementation in itertools.product(names, attention):
+        several = itertools.product(batches, (False, True)[: 1 + cuda_graphs])
+        settings = [Setting(name, implementation, size, cuda_graphs=graphs, **common) for size, graphs in several]
+        run_model(settings, variants(name, find_shape(name), numbers, methods), console, keep)
+    console.print(LEGEND.format(pairs=settings[0].pairs))
     console.print(" · ".join(f"{key} {value}" for key, value in machine().items()), highlight=False)
     if output is not None:
         draw(output / "prefill.png", rows)

@@ -4,15 +4,14 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from rich.console import Console
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from shortv_llava.calibrate.selection import Choice, Units, bootstrap
 from shortv_llava.errors import ShortVError
 from shortv_llava.outputs import JOURNAL, only_one
 from shortv_llava.package import LAYER_LISTS, check_output, write_package
+from shortv_llava.sharing import shared
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +111,14 @@ def calibrate(
     with only_one(output) if PartialState().is_main_process else nullcontext():
         journal = Journal(output / JOURNAL, scored_as)
         run = Run(model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on)
-        candidates = {}
-        for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
-            candidates[granularity] = run.candidate(choice, granularity, candidates.get("layer"))
-        best = min(candidates, key=lambda granularity: candidates[granularity].cost.kl)
+        outcome = Outcome(run.candidates(choice), choice, scored_as, [sample.id for sample in held_out])
         if run.state.is_main_process:
-            overwrite = overwrite or run.journal.path.exists()
-            ids = [sample.id for sample in held_out]
-            card = {"base_model": base_model, "license": license}
-            _write(base, output, overwrite, candidates, best, scored_as, ids, choice, model.dtype, chat_template, card)
+            options = {"chat_template": chat_template, "base_model": base_model, "license": license}
+            options["overwrite"] = overwrite or run.journal.path.exists()
+            _write(outcome, base, output, model.dtype, **options)
+            _tell(outcome)
         run.state.wait_for_everyone()
-    return candidates[best]
+    return outcome.taken
 
 
 class Run:
@@ -132,6 +129,13 @@ class Run:
         self.tokens, self.direction, self.budget, self.fit_on = tokens, direction, RowBudget(max_rows), fit_on
         self.state = PartialState()
         self.held_out = CostMeter(model, processor, held_out, direction)
+
+    def candidates(self, choice: Choice) -> dict[str, Candidate]:
+        """By granularity, those that the choice is among."""
+        found = {}
+        for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
+            found[granularity] = self.candidate(choice, granularity, found.get("layer"))
+        return found
 
     def candidate(self, choice: Choice, granularity: Granularity, rival: Candidate | None) -> Candidate:
         """Score, order, measure; with a `rival`, go along the order until as many operations are saved."""
@@ -174,14 +178,14 @@ class Run:
         def once(layer: int, compute) -> Factors:
             return unpacked(self.once(f"{name} {layer}", lambda: packed(compute())))
 
-        shared = self.fit_on[self.state.process_index :: self.state.num_processes]
+        own = self.fit_on[self.state.process_index :: self.state.num_processes]
         lists = units.frozen(frozen)
         with dense(self.model):
             self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
             bar = partial(self.progress, name="correction", unit="layer")
             config, device = self.model.config, self.model.device
-            inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in shared)
-            samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(shared))) for each in inputs]
+            inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in own)
+            samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(own))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
 
     def place_for_states(self, inputs, number: int) -> Path | None:
@@ -238,20 +242,19 @@ class Run:
         """`compute(inputs)` for every sample, stacked. Processes take samples in turns."""
         keys = {f"{name} {sample.id}": sample for sample in self.samples}
         missing = [key for key in keys if key not in self.journal.results]
-        count, rank = self.state.num_processes, self.state.process_index
+
+        def computed(key: str) -> list:
+            inputs = make_inputs(self.processor, [keys[key]], self.model.config).to(self.model.device)
+            return compute(inputs).tolist()
+
         with self.progress(None, name, "sample", total=len(keys), initial=len(keys) - len(missing)) as bar:
-            for start in range(0, len(missing), count):
-                found = []
-                for key in missing[start + rank : start + rank + 1]:
-                    inputs = make_inputs(self.processor, [keys[key]], self.model.config).to(self.model.device)
-                    found.append((key, compute(inputs).tolist()))
-                for key, values in gather_object(found) if count > 1 else found:
-                    if not np.isfinite(values).all():
-                        raise ShortVError(
-                            f"sample {keys[key].id}: scores are not finite; try --dtype float32, or leave it out"
-                        )
-                    self.once(key, lambda values=values: values)
-                    bar.update()
+            for key, values in zip(missing, shared(computed, missing)):
+                if not np.isfinite(values).all():
+                    raise ShortVError(
+                        f"sample {keys[key].id}: scores are not finite; try --dtype float32, or leave it out"
+                    )
+                self.once(key, lambda values=values: values)
+                bar.update()
         return np.array([self.journal.results[key] for key in keys])
 
     def once(self, key: str, compute):
@@ -267,84 +270,135 @@ class Run:
         return tqdm(items, desc=name, unit=unit, disable=not self.state.is_main_process, **settings)
 
 
-def _write(
-    base,
-    output,
-    overwrite,
-    candidates: dict[str, Candidate],
-    best,
-    scored_as,
-    held_out,
-    choice,
-    dtype,
-    chat_template,
-    card,
-) -> None:
-    """The package with the best candidate, what was found in calibration.json, pictures beside it, tables on screen."""
-    taken = candidates[best]
-    units, scores, order, curve, number, corrections = taken
-    summary = {
-        **{key: value for key, value in scored_as.items() if corrections or not key.startswith("correction")},
-        "choice": {
-            key: value for key, value in (asdict(choice) | {"strategy": choice.chosen_by}).items() if value is not None
-        },
-        "granularity": best,
-        "flops_ratio": taken.chosen["flops_ratio"],
-        "cost": taken.cost._asdict(),
-    }
-    if corrections:
-        summary["cost_without_correction"] = taken.chosen["cost"]._asdict()
-    details = {
-        **summary,
-        "held_out": held_out,
-        "frozen": taken.frozen,
-        "order": order,
-        "curves": {
-            name: [
-                {key: value._asdict() if isinstance(value, Cost) else value for key, value in entry.items()}
-                for entry in candidate.curve
-            ]
-            for name, candidate in candidates.items()
-        },
-    }
+class Statistics(NamedTuple):
+    """Of LC scores over the samples; empty where layers were given, and but for the means where there is one sample.
 
-    def by_block(values: dict) -> dict:
-        half = units.num_layers
+    Args:
+        means: of every unit, by set of tokens.
+        intervals: 95% intervals (low, high) of the means of the set that chooses.
+        chosen_in: of every unit the share of resamples that choose it.
+    """
+
+    means: dict[str, list[float]]
+    intervals: dict[str, list[list[float]]]
+    chosen_in: list[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a calibration found.
+
+    Args:
+        candidates: by granularity.
+        settings: what the scores depend on.
+        held_out: ids of the samples that costs were measured on.
+    """
+
+    candidates: dict[str, Candidate]
+    choice: Choice
+    settings: dict
+    held_out: list[str]
+
+    @property
+    def best(self) -> str:
+        """The granularity that is taken."""
+        return min(self.candidates, key=lambda granularity: self.candidates[granularity].cost.kl)
+
+    @property
+    def taken(self) -> Candidate:
+        return self.candidates[self.best]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        scores, tokens = self.taken.scores, self.settings["tokens"]
+        if scores is None:
+            return Statistics({}, {}, [])
+        sets = [*tokens, f"{tokens[0]}, corrected"][: scores.shape[1]]
+        means = dict(zip(sets, scores.mean(axis=0).tolist()))
+        if len(scores) == 1:
+            return Statistics(means, {}, [])
+        chooses = scores.shape[1] - 1 if self.choice.chosen_by == "corrected-lc" else 0
+        saved = [self.taken.units.saved(unit) for unit in range(len(self.taken.units))]
+        intervals, shares = bootstrap(scores[:, chooses], self.taken.number, saved, self.choice.seed)
+        return Statistics(means, {sets[chooses]: intervals.tolist()}, shares.tolist())
+
+    @property
+    def summary(self) -> dict:
+        """For config.json."""
+        taken, choice = self.taken, asdict(self.choice) | {"strategy": self.choice.chosen_by}
+        settings = self.settings.items()
+        summary = {
+            **{key: value for key, value in settings if taken.corrections or not key.startswith("correction")},
+            "choice": {key: value for key, value in choice.items() if value is not None},
+            "granularity": self.best,
+            "flops_ratio": taken.chosen["flops_ratio"],
+            "cost": taken.cost._asdict(),
+        }
+        return summary | ({"cost_without_correction": taken.chosen["cost"]._asdict()} if taken.corrections else {})
+
+    @property
+    def details(self) -> dict:
+        """For calibration.json."""
+
+        def plain(entry: dict) -> dict:
+            return {key: value._asdict() if isinstance(value, Cost) else value for key, value in entry.items()}
+
+        means, intervals, chosen_in = self.statistics
+        details = {
+            **self.summary,
+            "held_out": self.held_out,
+            "frozen": self.taken.frozen,
+            "order": self.taken.order,
+            "curves": {name: [plain(entry) for entry in one.curve] for name, one in self.candidates.items()},
+        }
+        if means:
+            details["scores"] = means
+        if chosen_in:
+            [details["intervals"]] = intervals.values()
+            details["chosen_in"] = chosen_in
+        return details
+
+    def by_layer(self, values: dict[str, list]) -> dict[str, list]:
+        """Values of units by set of tokens as values of layers, those of blocks by set and kind of block."""
+        if self.best == "layer":
+            return values
+        half = self.taken.units.num_layers
         attention = {f"{kind}, attention": both[:half] for kind, both in values.items()}
         return attention | {f"{kind}, FFN": both[half:] for kind, both in values.items()}
 
-    series, intervals, shares = {}, {}, []
-    if scores is not None:
-        sets = [*scored_as["tokens"], f"{scored_as['tokens'][0]}, corrected"][: scores.shape[1]]
-        means = dict(zip(sets, scores.mean(axis=0).tolist()))
-        chooses = scores.shape[1] - 1 if choice.chosen_by == "corrected-lc" else 0
-        saved = [units.saved(unit) for unit in range(len(units))]
-        details["scores"] = series = means
-        if len(scores) > 1:
-            found, shares = bootstrap(scores[:, chooses], number, saved, choice.seed)
-            details |= {"intervals": found.tolist(), "chosen_in": shares.tolist()}
-            intervals = {sets[chooses]: found.tolist()}
-        if best == "block":
-            series, intervals = by_block(series), by_block(intervals)
+
+def _write(outcome: Outcome, base: Path, output: Path, dtype, **options) -> None:
+    """The package with what is taken, all that was found in calibration.json, and pictures beside it.
+
+    Args:
+        dtype: of the corrections.
+        options: of [`write_package`].
+    """
+    taken, candidates = outcome.taken, outcome.candidates
     scored = candidates["layer"].scores if "layer" in candidates else None
     lc_scores = None if scored is None else scored[:, 0].mean(axis=0).tolist()
-    settings = {"lc_scores": lc_scores, "calibration": summary}
-    if corrections:
-        settings |= {"correction_rank": choice.correction_rank, "corrected_layers": list(corrections)}
-    tensors = correction_tensors(corrections, dtype)
+    settings = {"lc_scores": lc_scores, "calibration": outcome.summary}
+    if taken.corrections:
+        settings |= {"correction_rank": outcome.choice.correction_rank, "corrected_layers": list(taken.corrections)}
 
     def write_more(folder: Path) -> None:
-        (folder / "calibration.json").write_text(json.dumps(details, indent=1) + "\n")
-        if series:
-            report.draw_scores(folder / "lc_scores.png", series, taken.frozen, intervals)
+        (folder / "calibration.json").write_text(json.dumps(outcome.details, indent=1) + "\n")
+        means, intervals, _ = outcome.statistics
+        if means:
+            means, intervals = outcome.by_layer(means), outcome.by_layer(intervals)
+            report.draw_scores(folder / "lc_scores.png", means, taken.frozen, intervals)
             report.draw_tradeoff(folder / "tradeoff.png", candidates, taken)
 
-    options = {"corrections": tensors, "chat_template": chat_template, "write_more": write_more, **card}
-    write_package(base, output, overwrite, **options, **taken.frozen, **settings)
+    tensors = correction_tensors(taken.corrections, dtype)
+    write_package(base, output, corrections=tensors, write_more=write_more, **options, **taken.frozen, **settings)
 
-    console = Console()
-    if series:
-        console.print(report.score_table(series, taken.frozen, list(shares)))
+
+def _tell(outcome: Outcome) -> None:
+    """Tables on the screen, and what could be chosen otherwise."""
+    console, candidates, best = Console(), outcome.candidates, outcome.best
+    means, _, shares = outcome.statistics
+    if means:
+        console.print(report.score_table(outcome.by_layer(means), outcome.taken.frozen, shares))
     for name, candidate in candidates.items():
         console.print(report.cost_table(name, candidate.curve, candidate.curve.index(candidate.chosen)))
     if len(candidates) > 1:
@@ -354,7 +408,7 @@ def _write(
             f"KL at the same FLOPs: {found}; taken: {best}, {min(kls.values()) / max(kls.values()):.2f} of the other's"
         )
     unsure = report.unsettled(shares)
-    if choice.chosen_by in ("lc", "corrected-lc") and unsure:
+    if outcome.choice.chosen_by in ("lc", "corrected-lc") and unsure:
         console.print(
             f"more samples could change the choice: between 5% and 95% of resamples take {best} units {unsure}"
         )

@@ -13,18 +13,13 @@ import numpy as np
 
 from shortv_llava.calibrate import Granularity, Strategy
 from shortv_llava.errors import ShortVError
-from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, prefill_flops
+from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, lowest, prefill_flops
 
 DEFAULT_FRACTION = 0.6  # of the layers are replaced: 19 of 32 and 24 of 40, as published
 
 
 def number_of_layers(num_layers: int, fraction: float = DEFAULT_FRACTION) -> int:
     return round(fraction * num_layers)
-
-
-def lowest(scores: Sequence[float], number: int | None = None) -> list[int]:
-    """The `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
-    return sorted(range(len(scores)), key=lambda unit: (scores[unit], -unit))[:number]
 
 
 class Units:

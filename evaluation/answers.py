@@ -1,13 +1,13 @@
 """Answer files in LLaVA's format, appended to as answers come and never torn."""
 
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.questions import Question, read_jsonl
+from shortv_llava.evaluation.questions import Question
+from shortv_llava.json_lines import add_to_record, read_record
 from shortv_llava.outputs import replacing_file
 
 
@@ -31,13 +31,7 @@ class AnswersFile:
             line = self._line(question, "")
             self.ids.setdefault((line["question_id"], line["prompt"]), []).append(question.id)
         self.lines: dict[int | str, dict] = {}
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):  # a line without its end was cut off by a kill
-            with open(path, "r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
-        for number, entry in read_jsonl(path):
+        for number, entry in read_record(path):
             self.lines[self._id(entry, f"{path}, line {number}")] = entry
 
     def _id(self, entry: dict, where: str) -> int | str:
@@ -69,10 +63,7 @@ class AnswersFile:
         new = {q.id: self._line(q, answer) for q, answer in zip(questions, answers) if q.id not in self.lines}
         self.lines |= new
         if write:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values()))
-                file.flush()
-                os.fsync(file.fileno())
+            add_to_record(self.path, new.values())
 
     def _line(self, question: Question, answer: str) -> dict:
         return {

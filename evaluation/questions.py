@@ -1,15 +1,14 @@
 """Questions about pictures, as evaluation takes them, and LLaVA's files of them."""
 
-import codecs
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, reason
 from shortv_llava.images import check_sides, open_image
-from shortv_llava.json_files import parse_json
+from shortv_llava.json_lines import read_jsonl
 
 
 class Question(NamedTuple):
@@ -98,29 +97,6 @@ def _answer(value, where: str) -> str | list[str] | None:
     raise ShortVError(f"{where}: 'answer' must be a text or several in an array, not {value!r}")
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers, from 1, and objects of a file with a JSON object a line; empty lines are left out.
-
-    Raises:
-        ShortVError: if the file cannot be read or a line is no JSON object.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        entry = parse_json(line, where)
-        if not isinstance(entry, dict):
-            raise ShortVError(f'{where}: must be a JSON object, as {{"question_id": 1, …}}')
-        entries.append((number, entry))
-    return entries
-
-
 def image_file(folder: Path, name: str, where: str) -> Path:
     """The file `name` in a folder of images.
 
@@ -134,8 +110,7 @@ def image_file(folder: Path, name: str, where: str) -> Path:
     try:
         inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no character of file names
-        reason = getattr(error, "strerror", None) or error
-        raise ShortVError(f"{where}: image {name!r} is no usable name ({reason}); correct it") from error
+        raise ShortVError(f"{where}: image {name!r} is no usable name ({reason(error)}); correct it") from error
     if not inside:
         raise ShortVError(f"{where}: image {name!r} lies outside {folder}; put it there")
     if not there:

@@ -1,24 +1,22 @@
 """One evaluation: a model, perhaps with several choices of layers, answers questions and is scored."""
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.benchmarks.measure import seconds
-from shortv_llava.calibrate.contribution import dense, divergence
-from shortv_llava.calibrate.selection import Units, lowest
+from shortv_llava.calibrate.contribution import dense, divergence, without_corrections
+from shortv_llava.calibrate.selection import Units
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.answers import AnswersFile
@@ -26,8 +24,10 @@ from shortv_llava.evaluation.hiding import hidden
 from shortv_llava.evaluation.methods import Dropping, Method, check_layers
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
-from shortv_llava.flops import flops_ratio, image_tokens
+from shortv_llava.flops import flops_ratio, image_tokens, replacement_order
+from shortv_llava.json_lines import add_to_record, read_record
 from shortv_llava.package import LAYER_LISTS
+from shortv_llava.sharing import shared
 
 DENSE, OWN = "dense", "shortv"
 PREFILLS = 5  # timed of each variant, after one that is not
@@ -39,12 +39,13 @@ class Variant(NamedTuple):
     name: str  # also of files
     frozen: dict[str, list[int]]  # the configuration's three lists
     dropping: Dropping | None = None
+    corrects: bool = True  # with the corrections that the model has
 
     @contextmanager
     def applied(self, model, drop: Callable = hidden) -> Iterator[None]:
         """The model is this variant; `drop` hides dropped tokens, or drops them."""
         model.set_replaced_layers(*self.frozen.values())
-        with drop(model, self.dropping):
+        with nullcontext() if self.corrects else without_corrections(model), drop(model, self.dropping):
             yield
 
 
@@ -109,8 +110,7 @@ def choose_variants(
     own = {name: list(getattr(config, name)) for name in LAYER_LISTS}
     is_dense = not any(own.values())
     if sweep:
-        order = list(config.replaced_layers)
-        order += [layer for layer in lowest(config.lc_scores or ()) if layer not in order]
+        order = replacement_order(config)
         for number in sweep:
             if not 0 <= number <= len(order):
                 raise ShortVError(
@@ -163,65 +163,85 @@ def evaluate(
         check_references(metric, questions)
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState()
-    files = {}
-    for variant in variants:
-        metadata = variant.frozen | answerer.settings
-        if variant.dropping is not None:
-            metadata |= {"dropping": variant.dropping._asdict()}
-        path = output / answers_file(variant.name, len(variants))
-        files[variant.name] = AnswersFile(path, model_id, metadata, questions)
-    measured = output / "measured.jsonl"
-    before = _read_measured(measured)
+    record = _Record(output, model_id, answerer.settings, variants, questions)
     state.wait_for_everyone()  # before anyone writes
 
-    unanswered = [
-        batch
-        for batch in answerer.batches(questions)
-        if any(question.id not in file.lines for file in files.values() for question in batch)
-    ]
     with dense(answerer.model):  # its own layers come back afterwards
         results = {
             variant.name: Result(*variant[:2], _flops_ratio(answerer.model, variant), variant.dropping)
             for variant in variants
         }
-        for entry in before:
+        _answer(answerer, questions, variants, record)
+        for entry in record.measured:
             if entry["variant"] in results:
                 results[entry["variant"]].count(entry)
-        if len(variants) > 1 and unanswered:
-            answerer.answer(unanswered[0][:1])  # what the first pass sets up shall not count for the first variant
-        count, rank = state.num_processes, state.process_index
-        with tqdm(total=len(questions), desc="questions", unit="q", disable=not state.is_main_process) as bar:
-            bar.update(len(questions) - sum(map(len, unanswered)))
-            for start in range(0, len(unanswered), count):
-                found = []
-                for number in range(start + rank, min(start + rank + 1, len(unanswered))):
-                    found += _in_turns(answerer, unanswered[number], number, variants)
-                for number, answers, entry in gather_object(found) if count > 1 else found:
-                    name = entry["variant"]
-                    if all(question.id in files[name].lines for question in unanswered[number]):
-                        continue  # an interrupted run counted it, and missed another variant's
-                    files[name].add(unanswered[number], answers, write=state.is_main_process)
-                    results[name].count(entry)
-                    if state.is_main_process:
-                        with open(measured, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(entry) + "\n")
-                bar.update(sum(map(len, unanswered[start : start + count])))
         if state.is_main_process and any(variant.dropping for variant in variants):
             for name, taken in _time_prefills(answerer, questions, variants).items():
                 results[name].prefill_seconds = taken
     if state.is_main_process:
-        for file in files.values():
+        for file in record.files.values():
             file.finish()
     state.wait_for_everyone()
     for name, result in results.items():
-        result.answers = files[name].answers
+        result.answers = record.files[name].answers
     if state.is_main_process:
         _score(list(results.values()), questions, metric, subset, metric_kwargs)
     return list(results.values())
 
 
-def _in_turns(answerer: Answerer, batch: list[Question], number: int, variants: Sequence[Variant]) -> list[tuple]:
-    """(number, answers, entry of measured.jsonl) of each variant for a batch, which has this number among all."""
+class _Record:
+    """What is done of an evaluation: the variants' answers, and what their batches took. The main process writes it.
+
+    Attributes:
+        files: of answers, by variant.
+        measured: an entry for each variant and batch, see [`Result.count`].
+    """
+
+    def __init__(self, output: Path, model_id: str, settings: dict, variants: Sequence[Variant], questions):
+        self.files = {}
+        for variant in variants:
+            metadata = variant.frozen | settings
+            if variant.dropping is not None:
+                metadata |= {"dropping": variant.dropping._asdict()}
+            path = output / answers_file(variant.name, len(variants))
+            self.files[variant.name] = AnswersFile(path, model_id, metadata, questions)
+        self.path = output / "measured.jsonl"
+        self.measured = [entry for _, entry in read_record(self.path)]
+
+    def has(self, batch: Sequence[Question], variant: str) -> bool:
+        """Whether the variant has answered all of a batch."""
+        return all(question.id in self.files[variant].lines for question in batch)
+
+    def add(self, batch: Sequence[Question], answers: Sequence[str], entry: dict) -> None:
+        main = PartialState().is_main_process
+        self.files[entry["variant"]].add(batch, answers, write=main)
+        self.measured.append(entry)
+        if main:
+            add_to_record(self.path, [entry])
+
+
+def _answer(answerer: Answerer, questions: Sequence[Question], variants: Sequence[Variant], record: _Record) -> None:
+    """Let each variant answer what it has not yet."""
+    names = [variant.name for variant in variants]
+    batches = answerer.batches(questions)
+    unanswered = [batch for batch in batches if not all(record.has(batch, name) for name in names)]
+    if len(variants) > 1 and unanswered:
+        answerer.answer(unanswered[0][:1])  # what the first pass sets up shall not count for the first variant
+    found = shared(lambda numbered: _in_turns(answerer, variants, *numbered), list(enumerate(unanswered)))
+    silent = not PartialState().is_main_process
+    with tqdm(total=len(questions), desc="questions", unit="q", disable=silent) as bar:
+        bar.update(len(questions) - sum(map(len, unanswered)))
+        for batch, answered in zip(unanswered, found):
+            for answers, entry in answered:
+                if not record.has(batch, entry["variant"]):  # else an interrupted run counted it
+                    record.add(batch, answers, entry)
+            bar.update(len(batch))
+
+
+def _in_turns(
+    answerer: Answerer, variants: Sequence[Variant], number: int, batch: list[Question]
+) -> list[tuple[list[str], dict]]:
+    """Answers and what was measured, of each variant, for a batch that has this number among all."""
     found, logits = [], {}
     for variant in variants if number % 2 == 0 else variants[::-1]:
         with variant.applied(answerer.model):
@@ -231,8 +251,8 @@ def _in_turns(answerer: Answerer, batch: list[Question], number: int, variants: 
         logits[variant.name] = answered.logits
         entry = {"variant": variant.name, "seconds": taken}
         entry |= {"prompted": answered.prompted, "prefilled": answered.prefilled}
-        found.append((number, answered.answers, entry))
-    for *_, entry in found:
+        found.append((answered.answers, entry))
+    for _, entry in found:
         divergences = divergence(logits[variants[0].name], logits[entry["variant"]][None], "release")
         entry["divergences"] = divergences[0].tolist()
     return found
@@ -249,17 +269,6 @@ def _time_prefills(answerer: Answerer, questions: Sequence[Question], variants: 
                 prefill = functools.partial(answerer.model, **inputs, use_cache=True, logits_to_keep=1)
                 times[variant.name].append(seconds(prefill, answerer.model.device))
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
-
-
-def _read_measured(path: Path) -> list[dict]:
-    """What the batches of earlier runs took; a last line that a kill cut off goes."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content and PartialState().is_main_process:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _score(results: list[Result], questions, metric: str | None, subset: str | None, metric_kwargs: dict) -> None:

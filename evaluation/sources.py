@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, constants
 from PIL import Image
 
-from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.questions import Question, image_file, read_jsonl
+from shortv_llava.errors import ShortVError, first_line, reason
+from shortv_llava.evaluation.questions import Question, image_file
+from shortv_llava.json_lines import read_jsonl
 from shortv_llava.package import hub_reason
 
 REACH_SECONDS = 10
@@ -157,8 +158,8 @@ def column(table: Table, name: str) -> list:
 
 
 def _out_of_reach(error: Exception) -> ShortVError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ShortVError(f"cannot be read ({reason}); check the connection, or give data on this disk with --data")
+    why = first_line(error)
+    return ShortVError(f"cannot be read ({why}); check the connection, or give data on this disk with --data")
 
 
 def _picture(pictures, place: int) -> Image.Image:
@@ -247,7 +248,7 @@ def read_tsv(path: Path) -> list[dict[str, str | None]]:
     try:
         rows = pandas.read_table(path, dtype=str)
     except (OSError, ValueError) as error:
-        raise ShortVError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ShortVError(f"{path}: cannot be read ({reason(error)})") from error
     return rows.astype(object).where(rows.notna(), None).to_dict("records")
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import uploads
-from shortv_llava.evaluation.questions import Question, image_file, read_jsonl
+from shortv_llava.evaluation.questions import Question, image_file
 from shortv_llava.evaluation.sources import (
     Table,
     base64_image,
@@ -27,6 +27,7 @@ from shortv_llava.evaluation.sources import (
     table_questions,
 )
 from shortv_llava.json_files import read_json
+from shortv_llava.json_lines import read_jsonl
 from shortv_llava.prompts import CHAT_SYSTEM, SHORT_ANSWER_PROMPT, TUNING_SYSTEM
 
 SHORT = f"\n{SHORT_ANSWER_PROMPT}"

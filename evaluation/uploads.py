@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, reason
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import answers_of, functions
 from shortv_llava.outputs import replacing_file
@@ -43,7 +43,7 @@ def write_upload(
         with replacing_file(path) as unfinished:
             unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
-        raise ShortVError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise ShortVError(f"{path}: cannot be written ({reason(error)})") from error
     return path
 
 

@@ -6,7 +6,6 @@ from shortv_llava.errors import ShortVError
 
 TESTED = ("0.32", "0.33")  # vLLM from the first to before the second: what models.py builds on is no public interface
 ARCHITECTURES = ("ShortVLlavaForConditionalGeneration", "ShortVLlavaNextForConditionalGeneration")
-FORMAT = 1  # of packages; the config.json of a newer one says `shortv_format`
 BACKBONES = ("llama", "mistral", "qwen2")
 
 
@@ -22,11 +21,6 @@ def check_version(version: str) -> None:
 
 def check_package(config) -> None:
     """Raises [`ShortVError`] if vLLM cannot run the package of this configuration, `ValueError` for its layers."""
-    package_format = getattr(config, "shortv_format", FORMAT)
-    if package_format != FORMAT:
-        raise ShortVError(
-            f"the package is of format {package_format}, this shortv-llava reads format {FORMAT}: update shortv-llava"
-        )
     if config.text_config.model_type not in BACKBONES:
         raise ShortVError(
             f"text backbone {config.text_config.model_type!r} is not supported; those are: {', '.join(BACKBONES)}"

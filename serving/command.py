@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import config_object, read_config
+from shortv_llava.package import check_name, config_object, model_name, read_config
 from shortv_llava.serving import TESTED, check_package, check_version
 
 
@@ -29,12 +29,11 @@ def serve(package: str, arguments: list[str]) -> None:
     import vllm
 
     check_version(vllm.__version__)
-    if package.count("/") != 1 and not Path(package).exists():
-        raise ShortVError(f"{package}: there is no such folder, and it is no Hub id")
+    check_name(package)
     if Path(package).is_dir():
         check_package(config_object(read_config(Path(package))))
         if not any(argument.split("=")[0] == "--served-model-name" for argument in arguments):
-            arguments = ["--served-model-name", Path(package).resolve().name, *arguments]
+            arguments = ["--served-model-name", model_name(package), *arguments]
     try:
         metadata.version("vllm")
     except (

@@ -30,10 +30,10 @@ from shortv_llava.calibrate.samples import (
     gqa_samples,
     load_samples,
 )
-from shortv_llava.calibrate.selection import Choice, Units, bootstrap, lowest, number_of_layers
+from shortv_llava.calibrate.selection import Choice, Units, bootstrap, number_of_layers
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.flops import flops_ratio
+from shortv_llava.flops import flops_ratio, lowest
 from shortv_llava.outputs import JOURNAL
 from shortv_llava.package import CORRECTION_FILE, load_model
 from shortv_llava.processors import load_processor

@@ -6,6 +6,7 @@ import random
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
@@ -198,6 +199,10 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
     sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4, "MIXES": ((0, 3), (1, 1))}
     for name, size in sizes.items():
         monkeypatch.setattr(evidence, name, size)
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number, size in enumerate([(90, 64), (64, 120)]):
+        Image.effect_noise(size, 64).save(photographs / f"{number}.png")
 
     def tables():
         found, printed = evidence.Evidence(built, tmp_path / "work", "float32", pictures=2, questions=3), {}
@@ -210,7 +215,7 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
             "calibration": (),
             "ingredients": ([1, 4],),
             "corrections": (["LC", "corrected LC"], [1, 2, 3], [0, 4, 99]),
-            "fits": (2, 4),
+            "fits": (2, 4, photographs),
             "corrected_blocks": (4,),
             "kinds": (2, 4),
         }
@@ -240,6 +245,7 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
     ]
     assert len(corrected) == 18 and all(row["KL"] == "0.000" for row in corrected if row["N"] == "1")  # the last layer
     assert [row["fitted on"] for row in first["fits"]][:3] == ["none", "these layers", "each layer alone"]
+    assert {"photographs", "photographs and scenes"} < {row["fitted on"] for row in first["fits"]}
     assert [row["FFNs alone"] for row in first["corrected_blocks"]] == ["3", "3", "1", "1"]
     assert int(first["kinds"][-1]["questions"]) == 6 and first["kinds"][-1]["kind"] == "all"
 

@@ -343,7 +343,6 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "entries, message",
         [
-            ({"shortv_format": 2}, "format 2, this shortv-llava reads format 1: update"),
             ({"replaced_layers": [12]}, "12 is no layer id; ids are integers from 0 to 11"),
             ({"replaced_ffn_layers": [1]}, "layer 1 is listed here and in replaced_layers"),
         ],

@@ -116,9 +116,10 @@ def fits(
     work: Work = WORK,
     number: Number = 24,
     rank: int = 64,
+    photographs: Annotated[Path | None, typer.Option(help="Folder of pictures to fit on, too.")] = None,
 ) -> None:
     """Ways to fit the corrections of one choice of layers."""
-    evidence(folder, work, dtype, pictures).fits(number, rank)
+    evidence(folder, work, dtype, pictures).fits(number, rank, photographs)
 
 
 @app.command()

@@ -5,13 +5,16 @@ errors, resampling pictures, since questions about one picture are not independe
 """
 
 import json
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import cycle, islice
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,12 +35,14 @@ from shortv_llava.calibrate.correction import (
     set_corrections,
 )
 from shortv_llava.calibrate.samples import make_inputs
-from shortv_llava.calibrate.selection import Units, lowest
+from shortv_llava.calibrate.selection import Units
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
+from shortv_llava.flops import lowest
+from shortv_llava.json_lines import read_jsonl
 from shortv_llava.outputs import replacing_file
 from shortv_llava.package import LAYER_LISTS, load_model
 from shortv_llava.processors import load_processor
@@ -190,13 +195,17 @@ class Evidence:
 
     @cached_property
     def fit_samples(self) -> list[FitSample]:
-        """Pictures to fit corrections on, no question about them: visual tokens see none."""
-        pictures = [scene for scene, _ in scenes.held_out(FITTED_ON[0], 1, seed="correction")]
+        """Scenes to fit corrections on."""
+        return self.fit_on([scenes.draw(scene) for scene, _ in scenes.held_out(FITTED_ON[0], 1, seed="correction")])
+
+    def fit_on(self, pictures: Sequence[Image.Image]) -> list[FitSample]:
+        """Pictures to fit on, no question about them: visual tokens see none."""
         found = []
         for start in range(0, len(pictures), FITTED_ON[1]):
             batch = pictures[start : start + FITTED_ON[1]]
-            inputs = self.packer.batch([self.packer.row([]) for _ in batch], batch)
-            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            inputs = self.packer.rows([self.packer.row([]) for _ in batch])
+            inputs["pixel_values"] = self.processor.image_processor(batch, return_tensors="pt")["pixel_values"]
+            del inputs["labels"]
             found.append(FitSample(self.model, inputs, keep=True))
         return found
 
@@ -348,8 +357,8 @@ class Evidence:
                     rows.append(row | found)
         print_table(rows)
 
-    def fits(self, number: int, rank: int) -> None:
-        """Ways to fit the corrections of one choice: on other layers' states, with other ridges, on fewer pictures."""
+    def fits(self, number: int, rank: int, photographs: Path | None) -> None:
+        """Ways to fit the corrections of one choice: on other layers' states, with other ridges, on other pictures."""
         units, rows = self.units("layer"), []
         order = lowest(self.corrected_lc()[1].mean(0).tolist())
         lists, everything = units.frozen(order[:number]), units.frozen(order)
@@ -366,6 +375,10 @@ class Evidence:
         for batches in (1, 2, 4):
             few = partial(self.fit, lists, rank, samples=self.fit_samples[:batches])
             ways[f"{batches * FITTED_ON[1]} pictures"] = few
+        if photographs is not None:
+            taken = self.fit_on(crops(photographs, FITTED_ON[0]))
+            ways["photographs"] = partial(self.fit, lists, rank, samples=taken)
+            ways["photographs and scenes"] = partial(self.fit, lists, rank, samples=taken + self.fit_samples)
         for control in (without_intercept, constants, scales_and_constants):
             ways[control.__name__.replace("_", " ")] = partial(self.fit_by, control, lists, rank)
         for how, fit in ways.items():
@@ -512,6 +525,18 @@ class Evidence:
         print_table(rows)
 
 
+def crops(folder: Path, number: int) -> list[Image.Image]:
+    """Square cut-outs of the pictures in a folder, in turns, of a quarter of their shorter side to all of it."""
+    photographs = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+    draw, found = random.Random(0), []
+    for photograph in islice(cycle(photographs), number):
+        width, height = photograph.size
+        side = round(min(width, height) * draw.uniform(0.25, 1))
+        left, top = draw.randint(0, width - side), draw.randint(0, height - side)
+        found.append(photograph.crop((left, top, left + side, top + side)))
+    return found
+
+
 # Controls in place of `Regression.solve`: what less than a linear map with intercept can do.
 
 
@@ -549,8 +574,7 @@ def summary(lc: Sequence[float]) -> dict[str, str]:
 def training(log: Path) -> None:
     """LC and accuracy along the training, from the log that it wrote."""
     rows = []
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for _, entry in read_jsonl(log):
         norms = entry["norms"]
         rows.append(
             {

@@ -63,7 +63,11 @@ class Packer:
         Returns:
             `input_ids`, `labels` and `position_ids` (B, S), `attention_mask` (B, 1, S, S), boolean, and `pixel_values`.
         """
-        return collate(rows, self.tokenizer.pad_token_id) | {"pixel_values": self.pixels(pictures)}
+        return self.rows(rows) | {"pixel_values": self.pixels(pictures)}
+
+    def rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """As [`batch`], without pictures."""
+        return collate(rows, self.tokenizer.pad_token_id)
 
     def pixels(self, pictures: Sequence[scenes.Scene]) -> torch.Tensor:
         """(pictures, 3, IMAGE_SIZE, IMAGE_SIZE), float32."""

@@ -36,6 +36,7 @@ from shortv_llava.examples.smol_llava.model import (
 )
 from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_states
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
+from shortv_llava.json_lines import add_to_record, read_record
 from shortv_llava.outputs import replacing_file
 
 ALIGNMENT = {"steps": 600, "lr": 1e-3, "pictures": 64}  # a step
@@ -204,8 +205,7 @@ class Training:
 
     def milestone(self, name: str, step: int, loss: float | None) -> None:
         """Measure and write a line of the log, unless it is there."""
-        entries = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        if any((entry["run"], entry["step"]) == (name, step) for entry in entries):
+        if any((entry["run"], entry["step"]) == (name, step) for _, entry in read_record(self.log)):
             return
         entry = {
             "run": name,
@@ -215,6 +215,5 @@ class Training:
             "lc": self.lc_meter.scores(self.model)[0].mean(0).tolist(),
             "norms": token_norms(self.model, self.packer, self.pictures),
         }
-        with self.log.open("a") as log:
-            log.write(json.dumps(entry) + "\n")
+        add_to_record(self.log, [entry])
         print(f"{name} {step}: loss {loss}, {entry['accuracy']}", flush=True)

@@ -38,6 +38,7 @@ _CITATION = """\
 }
 """
 
+# All of it is ours, for pycocoevalcap is as large as the Java programs that it ships; tests compare with it.
 MAX_NGRAM = 4
 SIGMA = 6.0
 
@@ -68,6 +69,10 @@ def tokenize(caption: str) -> list[str]:
     for pattern, replacement in SPLITS:
         caption = pattern.sub(replacement, caption)
     return [BRACKETS.get(token, token) for token in TOKEN.findall(caption) if token not in PUNCTUATION]
+
+
+def default_tokenizer() -> str:
+    return "ptb" if has_ptb() else "python"
 
 
 def has_ptb() -> bool:
@@ -108,6 +113,24 @@ def similarity(caption: Counter, reference: Counter, idf) -> float:
     return total / MAX_NGRAM * math.exp(-(difference**2) / (2 * SIGMA**2))
 
 
+def picture_scores(predictions, references, tokenizer: str | None = None) -> list[float]:
+    """Each picture's score, 0 to 10, with the document frequencies of all. Arguments as for the metric."""
+    captions = [*predictions, *(caption for group in references for caption in group)]
+    official = (tokenizer or default_tokenizer()) == "ptb"
+    tokens = iter(tokenize_ptb(captions) if official else map(tokenize, captions))
+    ours = [ngrams(next(tokens)) for _ in predictions]
+    theirs = [[ngrams(next(tokens)) for _ in group] for group in references]
+    pictures_with = Counter(gram for group in theirs for gram in set().union(*group))
+
+    def idf(gram):
+        return math.log(len(theirs) / max(pictures_with[gram], 1))
+
+    return [
+        10 * sum(similarity(caption, reference, idf) for reference in group) / len(group)
+        for caption, group in zip(ours, theirs)
+    ]
+
+
 class Cider(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
@@ -129,23 +152,11 @@ class Cider(evaluate.Metric):
         for index, captions in enumerate(references):
             if not len(captions):
                 raise ValueError(f"references[{index}] holds no caption")
-        tokenizer = tokenizer or ("ptb" if has_ptb() else "python")
+        tokenizer = tokenizer or default_tokenizer()
         if tokenizer not in ("ptb", "python"):
             raise ValueError(f'tokenizer must be "ptb" or "python", not {tokenizer!r}')
         if tokenizer == "ptb" and not has_ptb():
             raise ValueError('the "ptb" tokenizer needs Java and pycocoevalcap (pip install pycocoevalcap)')
 
-        captions = [*predictions, *(caption for group in references for caption in group)]
-        tokens = iter(tokenize_ptb(captions) if tokenizer == "ptb" else map(tokenize, captions))
-        ours = [ngrams(next(tokens)) for _ in predictions]
-        theirs = [[ngrams(next(tokens)) for _ in group] for group in references]
-        pictures_with = Counter(gram for group in theirs for gram in set().union(*group))
-
-        def idf(gram):
-            return math.log(len(theirs) / max(pictures_with[gram], 1))
-
-        scores = [
-            sum(similarity(caption, reference, idf) for reference in group) / len(group)
-            for caption, group in zip(ours, theirs)
-        ]
-        return {"cider": 10 * sum(scores) / len(scores), "tokenizer": tokenizer}
+        scores = picture_scores(predictions, references, tokenizer)
+        return {"cider": sum(scores) / len(scores), "tokenizer": tokenizer}
