@@ -6,12 +6,10 @@ with the visual tokens put back there to what they were. Both sides take turns i
 
 import statistics
 import time
-from typing import Annotated
 
 import torch
-import typer
 
-from shortv_llava.benchmarks.models import make_inputs, make_pair, scaled
+from shortv_llava.benchmarks.models import ImageSide, Width, make_inputs, make_pair, scaled
 from shortv_llava.calibrate.contribution import divergence, layer_contribution
 
 
@@ -32,10 +30,10 @@ def one_pass_each(model, inputs) -> torch.Tensor:
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    width: Width = 1024,
     num_layers: int = 16,
     text_tokens: int = 64,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
+    image_side: ImageSide = 24,
     pairs: int = 3,
 ) -> None:
     """Compare the time of one sample's scores."""

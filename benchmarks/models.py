@@ -1,9 +1,11 @@
 """Random LLaVA models of given shapes, stock and ShortV with the same weights, and prompts for them."""
 
 import os
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
+from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
@@ -16,6 +18,11 @@ from shortv_llava.processors import load_processor
 PATCH = 14
 IMAGE_TOKEN = 999
 BEFORE_IMAGE = 35  # text tokens before the image in LLaVA's prompts
+
+# Options of the benchmarks on models of any size.
+Width = Annotated[int, typer.Option(help="Hidden size.")]
+ImageSide = Annotated[int, typer.Option(help="Visual tokens are its square.")]
+Fraction = Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")]
 
 # MKL cuts a product across its rows; with those of a short text every thread then packs the whole weight matrix. Cut
 # along the weights instead, for both models alike. Read at the first product.
@@ -127,6 +134,12 @@ def make_processor(model):
     processor.image_processor.crop_size = {"height": side, "width": side}
     model.config.image_token_id = processor.image_token_id
     return processor
+
+
+def make_picture(model) -> Image.Image:
+    """Noise of the size that a model takes."""
+    side = model.config.vision_config.image_size
+    return Image.effect_noise((side, side), 64).convert("RGB")
 
 
 def make_inputs(model, shape: Shape, text_tokens: int = 64, batch: int = 1) -> dict:

@@ -8,9 +8,8 @@ import time
 from typing import Annotated
 
 import typer
-from PIL import Image
 
-from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import Fraction, ImageSide, Width, make_pair, make_picture, make_processor, scaled
 from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.questions import Question
@@ -18,10 +17,10 @@ from shortv_llava.evaluation.questions import Question
 
 def main(
     questions: Annotated[int, typer.Option(help="About the picture.")] = 32,
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    width: Width = 1024,
     num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
+    image_side: ImageSide = 24,
+    fraction: Fraction = 0.6,
     new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 2,
     batch_size: int = 16,
     pairs: int = 3,
@@ -29,8 +28,7 @@ def main(
     """Compare the time of all answers."""
     shape = scaled(width, num_layers, image_side)
     _, model = make_pair(shape)
-    processor, side = make_processor(model), model.config.vision_config.image_size
-    picture = Image.effect_noise((side, side), 64).convert("RGB")
+    processor, picture = make_processor(model), make_picture(model)
     # In the embedded checkpoint's words about as many tokens as a question of GQA and its instruction have in Vicuna's.
     texts = [
         f"Is there a {color} {shape}? What color is the {shape}?" for color in shapes.COLORS for shape in shapes.SHAPES

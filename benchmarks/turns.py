@@ -1,27 +1,22 @@
 """Time to first token in the first and second turn of a chat."""
 
 import statistics
-from typing import Annotated
 
-import typer
-from PIL import Image
-
-from shortv_llava.benchmarks.models import make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import Fraction, ImageSide, Width, make_pair, make_picture, make_processor, scaled
 from shortv_llava.chat import Conversation
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    width: Width = 1024,
     num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
+    image_side: ImageSide = 24,
+    fraction: Fraction = 0.6,
     conversations: int = 5,
 ) -> None:
     """Compare the turns, dense and with replaced layers."""
     shape = scaled(width, num_layers, image_side)
     _, model = make_pair(shape)
-    processor, side = make_processor(model), model.config.vision_config.image_size
-    picture = Image.effect_noise((side, side), 64).convert("RGB")
+    processor, picture = make_processor(model), make_picture(model)
     for layers in ([], shape.layers(round(fraction * num_layers))):
         model.set_replaced_layers(layers)
         found = []

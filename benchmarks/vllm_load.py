@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from shortv_llava.benchmarks.models import PATCH, scaled
+from shortv_llava.benchmarks.models import PATCH, Fraction, ImageSide, Width, scaled
 from shortv_llava.benchmarks.vllm_prefill import write_checkpoints
 
 CLIENT = """
@@ -78,10 +78,10 @@ def ask(folder: Path, port: int, requests: int, concurrency: int, image_side: in
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    width: Width = 1024,
     num_layers: int = 16,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
+    image_side: ImageSide = 24,
+    fraction: Fraction = 0.6,
     requests: Annotated[int, typer.Option(help="Of each round.")] = 16,
     rounds: int = 2,
     concurrency: int = 4,

@@ -18,7 +18,17 @@ from PIL import Image
 
 from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
-from shortv_llava.benchmarks.models import BEFORE_IMAGE, PATCH, Shape, make_pair, make_processor, scaled
+from shortv_llava.benchmarks.models import (
+    BEFORE_IMAGE,
+    PATCH,
+    Fraction,
+    ImageSide,
+    Shape,
+    Width,
+    make_pair,
+    make_processor,
+    scaled,
+)
 from shortv_llava.flops import flops_ratio
 from shortv_llava.package import OWN_KEYS, write_package
 
@@ -69,11 +79,11 @@ def make_prompts(batch: int, text_tokens: int, image_token: int, image_side: int
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 1024,
+    width: Width = 1024,
     num_layers: int = 16,
     text_tokens: int = 64,
-    image_side: Annotated[int, typer.Option(help="Visual tokens are its square.")] = 24,
-    fraction: Annotated[float, typer.Option(help="Of the layers, from the last on, are replaced.")] = 0.6,
+    image_side: ImageSide = 24,
+    fraction: Fraction = 0.6,
     pairs: int = 7,
     batch: Annotated[int, typer.Option(help="Requests at once, prefilled in one step.")] = 4,
     eager: Annotated[bool, typer.Option("--eager", help="Neither engine compiles.")] = False,
