@@ -503,6 +503,12 @@ def evaluate(
     questions: Annotated[Path | None, typer.Option(help="Or your own questions, in LLaVA's JSONL.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images that they name.")] = None,
     metric: Annotated[str | None, typer.Option(help="Score your own questions' answers with this metric.")] = None,
+    lmms_tasks: Annotated[
+        str | None,
+        typer.Option(help="Or tasks of lmms-eval, which must be installed, separated by commas."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of other such tasks, as lmms-eval's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of samples of each of lmms-eval's tasks.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="With the dense model beside.")] = False,
     sweep: Annotated[
         str | None, typer.Option(help="Compare numbers of replaced layers, as `8,16,24`, with the dense model.")
@@ -546,47 +552,25 @@ def evaluate(
         shortv evaluate llava-1.5-7b-shortv --questions mine.jsonl --images photos --output results/mine
 
         shortv evaluate llava-1.5-7b-shortv --task gqa --method shortv,fastv:2:0.5,vtw:16 --output results/methods
+
+        shortv evaluate llava-1.5-7b-shortv --lmms-tasks docvqa_val,ocrbench,mmmu_val --compare --output results/text
     """
+    given = locals()
     if task == "help":
         from shortv_llava.evaluation.tasks import TASKS
 
         typer.echo("\n".join(sorted(TASKS)))
         raise typer.Exit
     with _loading(model):
-        from shortv_llava.evaluation.command import Data, check, run
-        from shortv_llava.package import check_name, leave_processes, parse_layers
+        from shortv_llava.evaluation.command import EvaluationOptions, run
+        from shortv_llava.package import leave_processes
 
         _check_bits(load_in_4bit, load_in_8bit)
-        if replaced_layers is not None:
-            parse_layers(replaced_layers, model)
-        check_name(model)
-        asked = Data(task, data, questions, images, metric)
-        check(asked, output, compare, sweep, method, card)
+        options = EvaluationOptions(**given)
+        options.check()
         import shortv_llava.evaluation.run  # noqa: F401, takes seconds
 
-    run(
-        model,
-        asked,
-        output,
-        compare=compare,
-        sweep=sweep,
-        method=method,
-        card=card,
-        loading={
-            "replaced_layers": replaced_layers,
-            "dtype": dtype,
-            "device_map": device_map,
-            "load_in_4bit": load_in_4bit,
-            "load_in_8bit": load_in_8bit,
-            "image_aspect_ratio": image_aspect_ratio,
-        },
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        shared_prefix=shared_prefix,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    run(options)
     leave_processes()
 
 

@@ -1,6 +1,5 @@
 """What an evaluation found, for people, files and model cards."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
@@ -11,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.evaluation.answering import Tokens
+from shortv_llava.evaluation.lmms_results import TaskResult, TaskResults
 from shortv_llava.evaluation.run import Result
 from shortv_llava.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
+from shortv_llava.json_files import write_json
 from shortv_llava.model_card import Score
 from shortv_llava.outputs import replacing_file
 
@@ -49,21 +50,22 @@ def tell(results: Sequence[Result], title: str, figure: str | None, note: str | 
 
 
 def _row(result: Result, mark: str) -> dict[str, str]:
-    def text(form: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
-        if value is None:
-            return ""
-        return form.format(value) + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*interval))
-
     return {
         "model": result.name,
         "FLOPs": f"{result.flops_ratio:.0%}",
-        "KL": text("{:.4f}", result.kl),
-        f"score{mark}": text("{:.2f}", result.headline, result.interval),
-        f"% of dense{mark}": text("{:.1f}", result.retention, result.retention_interval),
-        "same": text("{:.1f}%", result.agreement),
-        "speed-up": text("{:.2f}x", result.speed_up),
-        "prefill": text("{:.4f} s", result.prefill_seconds),
+        "KL": _text("{:.4f}", result.kl),
+        f"score{mark}": _text("{:.2f}", result.headline, result.interval),
+        f"% of dense{mark}": _text("{:.1f}", result.retention, result.retention_interval),
+        "same": _text("{:.1f}%", result.agreement),
+        "speed-up": _text("{:.2f}x", result.speed_up),
+        "prefill": _text("{:.4f} s", result.prefill_seconds),
     }
+
+
+def _text(form: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
+    if value is None:
+        return ""
+    return form.format(value) + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*interval))
 
 
 def prefill_note(results: Sequence[Result]) -> str:
@@ -84,9 +86,38 @@ def write_results(path: Path, results: Sequence[Result], **about) -> None:
     for entry, result in zip(found, results):
         del entry["answers"], entry["divergences"]  # they have files of their own
         entry["dropping"] = result.dropping and result.dropping._asdict()
-    text = json.dumps(about | {"results": found}, indent=1, ensure_ascii=False) + "\n"
     with replacing_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        write_json(unfinished, about | {"results": found})
+
+
+def tell_tasks(tasks: Sequence[TaskResults], title: str) -> None:
+    """Print a table of lmms-eval's tasks, a row for each and each variant, and which figures the scores are."""
+    console = Console()
+    mark = " [95%]" * any(result.interval is not None for task in tasks for result in task.results)
+    found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for column in ("task", "model"):
+        found.add_column(column)
+    compares = any(result.retention is not None for task in tasks for result in task.results)
+    for column in (f"score{mark}", *[f"% of dense{mark}"] * compares, "seconds"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for task in tasks:
+        for number, result in enumerate(task.results):
+            cells = [_text("{:.2f}", result.headline, result.interval)]
+            cells += [_text("{:.1f}", result.retention, result.retention_interval)] * compares
+            found.add_row("" if number else task.name, result.name, *cells, f"{result.seconds:.1f}")
+        found.add_section()
+    console.print(found)
+    told = (f"{task.name} {task.metric}, {task.questions:,} samples" for task in tasks)
+    console.print(f"scores: {'; '.join(told)}", highlight=False, soft_wrap=True)
+    if mark and (without := [task.name for task in tasks if task.results[0].interval is None]):
+        why = "no interval, for it is no mean of its samples' scores"
+        console.print(f"{', '.join(without)}: {why}", highlight=False, soft_wrap=True)
+
+
+def write_task_results(path: Path, tasks: Sequence[TaskResults], **about) -> None:
+    """results.json of lmms-eval's tasks: `about`, then everything of each."""
+    with replacing_file(path) as unfinished:
+        write_json(unfinished, about | {"tasks": [asdict(task) for task in tasks]})
 
 
 def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
@@ -117,7 +148,12 @@ def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
 
 
 def card_score(
-    results: Sequence[Result], data: str, dataset: str | None, figure: str, questions: int, note: str | None
+    results: Sequence[Result] | Sequence[TaskResult],
+    data: str,
+    dataset: str | None,
+    figure: str,
+    questions: int,
+    note: str | None,
 ) -> Score:
     """The package's score, beside a dense model what it keeps of that one's, for the package's evaluation.json.
 

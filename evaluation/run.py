@@ -4,7 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.benchmarks.measure import seconds
-from shortv_llava.calibrate.contribution import dense, divergence
+from shortv_llava.calibrate.contribution import dense, divergence, without_corrections
 from shortv_llava.calibrate.selection import Units
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
@@ -38,12 +38,13 @@ class Variant(NamedTuple):
     name: str  # also of files
     frozen: dict[str, list[int]]  # the configuration's three lists
     dropping: Dropping | None = None
+    corrects: bool = True  # with the corrections that the model has
 
     @contextmanager
     def applied(self, model, drop: Callable = hidden) -> Iterator[None]:
         """The model is this variant; `drop` hides dropped tokens, or drops them."""
         model.set_replaced_layers(*self.frozen.values())
-        with drop(model, self.dropping):
+        with nullcontext() if self.corrects else without_corrections(model), drop(model, self.dropping):
             yield
 
 

@@ -208,19 +208,35 @@ def bootstrap(
         ShortVError: if an answer, a reference or a detail is missing, or the metric cannot score them.
     """
     check_references(metric, questions)
-    names = {}
-    for number, question in enumerate(questions):
-        names.setdefault(question.image_id if question.image_id is not None else number, len(names))
-    clusters = [names[q.image_id if q.image_id is not None else number] for number, q in enumerate(questions)]
     shares = np.stack(
         [_shares(metric, questions, answers_of(questions, answers), kwargs) for answers in answers_by_variant.values()],
         axis=1,
-    )  # (questions, variants, 2, terms)
+    )
+    return resample(list(answers_by_variant), shares, [question.image_id for question in questions], resamples, seed)
+
+
+def resample(
+    variants: Sequence[str],
+    shares: np.ndarray,
+    image_ids: Sequence[str | None],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Intervals:
+    """As [`bootstrap`], of a headline that is a sum of ratios of sums over questions.
+
+    Args:
+        shares: (questions, variants, 2, terms), what each question adds above and below the line of each term.
+        image_ids: which picture each question is about.
+    """
+    names = {}
+    keys = [image_id if image_id is not None else number for number, image_id in enumerate(image_ids)]
+    for key in keys:
+        names.setdefault(key, len(names))
     sums = np.zeros((len(names), *shares.shape[1:]))
-    np.add.at(sums, clusters, shares)
+    np.add.at(sums, [names[key] for key in keys], shares)
 
     if len(names) == 1:  # nothing to resample
-        unknown = dict.fromkeys(answers_by_variant)
+        unknown = dict.fromkeys(variants)
         return Intervals(unknown, unknown)
     generator = np.random.default_rng(seed)
     flat, drawn = sums.reshape(len(names), -1), []
@@ -231,11 +247,8 @@ def bootstrap(
     headlines = np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0).sum(-1)  # (resamples, variants)
     retentions = 100 * (headlines / headlines[:, :1]) if headlines[:, 0].all() else None
     return Intervals(
-        {name: _interval(headlines[:, i]) for i, name in enumerate(answers_by_variant)},
-        {
-            name: None if retentions is None else _interval(retentions[:, i])
-            for i, name in enumerate(answers_by_variant)
-        },
+        {name: _interval(headlines[:, i]) for i, name in enumerate(variants)},
+        {name: None if retentions is None else _interval(retentions[:, i]) for i, name in enumerate(variants)},
     )
 
 

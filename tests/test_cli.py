@@ -248,6 +248,8 @@ def test_wrong_options_are_found_before_torch_is_imported(questions, tmp_path):
         ["package", CHECKPOINT, "--layers", "one"],
         [*evaluate, "--task", "nothing"],
         [*evaluate, "--questions", "nowhere.jsonl"],
+        [*evaluate, "--lmms-tasks", "pope", "--task", "pope"],
+        [*evaluate, "--lmms-tasks", "pope"],  # lmms-eval is not installed
         [*own, "--metric", "none"],
         [*own, "--sweep", "-1"],
         [*own, "--replaced-layers", "one"],

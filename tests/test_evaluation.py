@@ -23,7 +23,7 @@ from shortv_llava.evaluation import answering, report
 from shortv_llava.evaluation import command as evaluate_command
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
-from shortv_llava.evaluation.command import Data
+from shortv_llava.evaluation.command import EvaluationOptions
 from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
@@ -437,9 +437,9 @@ class TestTasks:
                 return Answerer(model, processor, **settings)
 
             monkeypatch.setattr(answering, "Answerer", answerer)
-            data = Data(name, None if hub else tmp_path / "eval", None, None, None)
+            asked = {"task": name, "data": None if hub else tmp_path / "eval", "max_new_tokens": 2}
             loading = {"dtype": "float32", "device_map": "cpu", "replaced_layers": "3"}
-            evaluate_command.run(str(CHECKPOINT), data, tmp_path / "out", loading=loading, max_new_tokens=2)
+            evaluate_command.run(EvaluationOptions(str(CHECKPOINT), tmp_path / "out", **asked, **loading))
             return given, json.loads((tmp_path / "out" / "results.json").read_text())
 
         return evaluated
@@ -476,43 +476,64 @@ def test_a_method_that_drops_shares_no_prefix(package_folder, files, tmp_path, m
         raise Stopped
 
     monkeypatch.setattr(answering, "Answerer", answerer)
-    given = Data(None, None, Path(files[1]), Path(files[3]), None)
+    asked = {"questions": Path(files[1]), "images": Path(files[3]), "method": method}
     with pytest.raises(Stopped):
-        evaluate_command.run(str(package_folder), given, tmp_path / "out", method=method, shared_prefix=True)
+        evaluate_command.run(EvaluationOptions(str(package_folder), tmp_path / "out", **asked))
 
 
 def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
-    given = Data(None, None, Path(files[1]), Path(files[3]), "gqa")
+    asked = {"questions": Path(files[1]), "images": Path(files[3]), "metric": "gqa"}
+    options = EvaluationOptions(
+        str(package_folder), tmp_path / "out", **asked, card=package_folder, replaced_layers="3"
+    )
     with pytest.raises(ShortVError, match="its layers are not those to be evaluated"):
-        evaluate_command.run(
-            str(package_folder), given, tmp_path / "out", card=package_folder, loading={"replaced_layers": "3"}
-        )
+        evaluate_command.run(options)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "data, options, words",
+    "options, words",
     [
-        ({"task": "nothing"}, {}, "there is no task 'nothing'; there are gqa"),
-        ({}, {}, "give --task NAME, or --questions"),
-        ({"task": "gqa", "metric": "gqa"}, {}, "--metric goes with --questions"),
-        ({"questions": Path("q.jsonl")}, {}, "q.jsonl: no such file"),
-        ({"questions": Path(__file__), "images": Path("nowhere")}, {}, "nowhere: no such folder"),
-        ({"questions": Path(__file__), "metric": "none"}, {}, "there is no metric 'none'"),
-        ({"task": "gqa"}, {"sweep": "-1"}, "--sweep takes numbers of layers"),
-        ({"task": "gqa"}, {"output": Path(__file__)}, "is a file; give a folder"),
-        ({"task": "gqa"}, {"compare": True, "sweep": "3"}, "--compare and --sweep: give one"),
-        ({"task": "gqa"}, {"method": "vtw:2", "sweep": "3"}, "--method and --sweep: give one"),
-        ({"task": "gqa"}, {"method": "vtw"}, "'vtw' is none of shortv, fastv:K:R"),
-        ({"task": "gqa"}, {"method": "vtw:2", "card": CHECKPOINT}, "takes no --sweep or --method"),
-        ({"task": "gqa"}, {"sweep": "few"}, "--sweep takes numbers of layers"),
-        ({"task": "gqa"}, {"card": Path("nowhere")}, "nowhere: no checkpoint"),
-        ({"task": "vqav2"}, {"card": CHECKPOINT}, "--card tells a score"),
-        ({"task": "gqa", "folder": Path("nowhere")}, {}, "nowhere: no such folder"),
+        ({"task": "nothing"}, "there is no task 'nothing'; there are gqa"),
+        ({}, "give one of --task NAME, --lmms-tasks NAMES, or --questions"),
+        ({"task": "gqa", "metric": "gqa"}, "--metric goes with --questions"),
+        ({"questions": Path("q.jsonl")}, "q.jsonl: no such file"),
+        ({"questions": Path(__file__), "images": Path("nowhere")}, "nowhere: no such folder"),
+        ({"questions": Path(__file__), "metric": "none"}, "there is no metric 'none'"),
+        ({"task": "gqa", "sweep": "-1"}, "--sweep takes numbers of layers"),
+        ({"task": "gqa", "output": Path(__file__)}, "is a file; give a folder"),
+        ({"task": "gqa", "compare": True, "sweep": "3"}, "--compare and --sweep: give one"),
+        ({"task": "gqa", "method": "vtw:2", "sweep": "3"}, "--method and --sweep: give one"),
+        ({"task": "gqa", "method": "vtw"}, "'vtw' is none of shortv, fastv:K:R"),
+        ({"task": "gqa", "method": "vtw:2", "card": CHECKPOINT}, "takes no --sweep or --method"),
+        ({"task": "gqa", "sweep": "few"}, "--sweep takes numbers of layers"),
+        ({"task": "gqa", "card": Path("nowhere")}, "nowhere: no checkpoint"),
+        ({"task": "vqav2", "card": CHECKPOINT}, "--card tells a score"),
+        ({"task": "gqa", "data": Path("nowhere")}, "nowhere: no such folder"),
+        ({"task": "gqa", "limit": 3}, "--limit goes with --lmms-tasks"),
+        ({"task": "gqa", "include_path": Path("tests")}, "--include-path goes with --lmms-tasks"),
+        ({"lmms_tasks": "pope", "task": "gqa"}, "give one of --task NAME, --lmms-tasks NAMES"),
+        ({"lmms_tasks": "pope", "questions": Path(__file__)}, "give one of --task NAME, --lmms-tasks NAMES"),
+        ({"lmms_tasks": "pope", "data": Path("tests")}, "--data goes with --task"),
+        ({"lmms_tasks": "pope", "metric": "gqa"}, "--metric goes with --questions"),
+        ({"lmms_tasks": "pope", "include_path": Path("nowhere")}, "nowhere: no such folder"),
+        ({"lmms_tasks": "pope", "sweep": "3"}, "--lmms-tasks and --sweep: leave one out; it takes --compare"),
+        ({"lmms_tasks": "pope", "method": "vtw:2"}, "--lmms-tasks and --method: leave one out"),
+        ({"lmms_tasks": "pope", "max_new_tokens": 3}, "--lmms-tasks and --max-new-tokens: .*its tasks say how"),
+        ({"lmms_tasks": "pope", "temperature": 0.5}, "--lmms-tasks and --temperature"),
+        ({"lmms_tasks": "pope", "top_p": 0.5}, "--lmms-tasks and --top-p"),
+        ({"lmms_tasks": "pope,,mme"}, "--lmms-tasks takes names of tasks, each once, not 'pope,,mme'"),
+        ({"lmms_tasks": "pope, pope"}, "--lmms-tasks takes names of tasks, each once"),
+        ({"lmms_tasks": "pope", "limit": 3, "card": CHECKPOINT}, "--card tells scores of whole tasks"),
     ],
 )
-def test_contradictions_come_before_any_work(tmp_path, data, options, words):
-    given = Data(**dict.fromkeys(Data._fields) | data)
+def test_contradictions_come_before_any_work(tmp_path, options, words):
     with pytest.raises(ShortVError, match=words):
-        evaluate_command.run("no/model", given, **{"output": tmp_path / "out"} | options)
+        EvaluationOptions(**{"model": "no/model", "output": tmp_path / "out"} | options).check()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_harness_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "find_spec", lambda name: None)
+    with pytest.raises(ShortVError, match="--lmms-tasks needs lmms-eval: pip install lmms_eval"):
+        EvaluationOptions("no/model", tmp_path / "out", lmms_tasks="pope").check()

@@ -1,20 +1,26 @@
 """The model `shortv_llava` in lmms-eval itself, on tasks over local data: `shortv evaluate`'s answers and scores."""
 
+import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from command import shortv_here
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pillow
 
+from shortv_llava.calibrate.correction import FitSample, correction_tensors, fit_corrections
+from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.checkpoints import CHECKPOINT
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.command import Data, run
-from shortv_llava.package import load_model
+from shortv_llava.evaluation.command import EvaluationOptions, run
+from shortv_llava.model_card import read_card, read_scores
+from shortv_llava.package import load_model, write_package
 from shortv_llava.processors import load_processor
 from shortv_llava.prompts import make_prompt
 
@@ -46,7 +52,34 @@ def asked(tmp_path_factory):
     DatasetDict({"test": table}).save_to_disk(folder / "table")
     (folder / "task").mkdir()
     (folder / "task" / "shapes.yaml").write_text(json.dumps(task(folder, "shapes", doc_to_visual="image")))
+    (folder / "task" / "utils.py").write_text(COUNTING)
+    metrics = [
+        {"metric": "right", "aggregation": "!function utils.add_up"},
+        {"metric": "words", "aggregation": "mean"},
+    ]
+    counted = task(folder, "ocr_counted", doc_to_visual="image", metric_list=metrics)
+    text = json.dumps(counted | {"process_results": "!function utils.process"})
+    (folder / "task" / "counted.yaml").write_text(re.sub(r'"(!function [\w.]+)"', r"\1", text))
     return folder
+
+
+# A task that adds up all it has ever seen, and writes a file, as OCRBench does.
+COUNTING = """
+from lmms_eval.tasks._task_utils.file_utils import generate_submission_file
+
+seen = []
+
+
+def process(doc, results):
+    return {"words": len(results[0].split()), "right": {"score": 3 * (results[0].lower() == doc["answer"].lower())}}
+
+
+def add_up(results, args):
+    seen.extend(result["score"] for result in results)
+    with open(generate_submission_file("counted.txt", args), "w") as file:
+        file.write(str(sum(seen)))
+    return sum(seen)
+"""
 
 
 def task(folder, name: str, **settings) -> dict:
@@ -70,13 +103,13 @@ def task(folder, name: str, **settings) -> dict:
 @pytest.fixture(scope="module")
 def expected(package_folder, asked):
     """Results and answers, by variant, of `shortv evaluate`."""
-    data = Data(None, None, asked / "questions.jsonl", SAMPLES / "images", "gqa")
-    loading, output = {"dtype": "float32", "device_map": None}, asked / "evaluated"
-    run(str(package_folder), data, output, compare=True, loading=loading, max_new_tokens=6, batch_size=8)
+    output, data = asked / "evaluated", {"questions": asked / "questions.jsonl", "images": SAMPLES / "images"}
+    asking = {"metric": "gqa", "compare": True, "dtype": "float32", "max_new_tokens": 6, "batch_size": 8}
+    run(EvaluationOptions(str(package_folder), output, **data, **asking))
     found = {}
     for result in json.loads((output / "results.json").read_text())["results"]:
         lines = (output / f"answers-{result['name']}.jsonl").read_text().splitlines()
-        found[result["name"]] = result["headline"], [json.loads(line)["text"] for line in lines]
+        found[result["name"]] = result, [json.loads(line)["text"] for line in lines]
     return found
 
 
@@ -92,9 +125,9 @@ def test_scores_are_those_of_shortv_evaluate(package_folder, asked, expected, tm
     assert done.returncode == 0, done.stderr
     (table,) = re.findall(r"^\|Tasks.*\n(?:\|.*\n)+", done.stdout, re.MULTILINE)
     print(table)
-    score, answers = expected[variant]
+    result, answers = expected[variant]
     heads, _, cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
-    assert float(cells[heads.index("Value")]) == round(score / 100, 4)
+    assert float(cells[heads.index("Value")]) == round(result["headline"] / 100, 4)
     (samples,) = tmp_path.rglob("*_samples_shapes.jsonl")
     found = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [entry["filtered_resps"] for entry in sorted(found, key=lambda entry: entry["doc_id"])] == answers
@@ -327,3 +360,143 @@ class TestArguments:
         (found,) = evaluate(ours(batch_size=4), task(asked, "files", doc_to_visual=path))
         docs = Dataset.load_from_disk(asked / "table" / "test").select(range(6))
         assert found == [[alone(*oracle, doc["text"], [Pillow.open(path(doc)[0])])] for doc in docs]
+
+
+@pytest.fixture(scope="module")
+def corrected(package_folder, tmp_path_factory):
+    """As `package_folder`, with corrections."""
+    folder, layers = tmp_path_factory.mktemp("corrected") / "shapes-corrected", list(map(int, LAYERS.split(",")))
+    model = load_model(package_folder, dtype=torch.float32)
+    inputs = make_inputs(load_processor(package_folder), embedded_samples()[:12])
+    factors = fit_corrections(model, [FitSample(model, inputs)], 16)
+    settings = {"correction_rank": 16, "corrected_layers": list(factors)}
+    tensors = correction_tensors(factors, torch.float32)
+    write_package(CHECKPOINT, folder, replaced_layers=layers, corrections=tensors, **settings)
+    return folder
+
+
+class TestTasks:
+    """`shortv evaluate --lmms-tasks`."""
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch):
+        from shortv_llava.evaluation import lmms_tasks
+
+        without = functools.partial(tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lmms_tasks, "TaskManager", without)
+        lmms_tasks._task_manager.cache_clear()
+        yield lmms_tasks
+        lmms_tasks._task_manager.cache_clear()
+
+    @staticmethod
+    def evaluate(folder, asked, output, *options, names="shapes,ocr_counted"):
+        quick = ("--dtype", "float32", "--batch-size", 8, "--include-path", asked / "task", "--output", output)
+        return shortv_here("evaluate", folder, "--lmms-tasks", names, *quick, *options)
+
+    @pytest.mark.slow
+    def test_dense_shortv_and_corrected_in_one_table_and_the_card(
+        self, corrected, asked, expected, tmp_path, quick, monkeypatch
+    ):
+        folder, output = shutil.copytree(corrected, tmp_path / "shapes-shortv"), tmp_path / "out"
+        options = "--compare", "--card", folder
+        done = self.evaluate(folder, asked, output, *options)
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+        found = json.loads((output / "results.json").read_text())
+        assert (found["harness"], found["model"]) == ("lmms-eval 0.7.3", "shapes-shortv")
+        shapes, counted = found["tasks"]
+        assert [(task["name"], task["metric"], task["questions"]) for task in (shapes, counted)] == [
+            ("shapes", "exact_match", 120),
+            ("ocr_counted", "right", 120),
+        ]
+        assert [result["name"] for result in shapes["results"]] == ["dense", "shortv", "corrected"]
+        given = {}
+        for result in shapes["results"]:
+            samples = json.loads((output / f"shapes-{result['name']}.json").read_text())["tasks"]["shapes"]["samples"]
+            given[result["name"]] = [answer for sample in samples for answer in sample["answers"]]
+            if result["name"] == "corrected":
+                break
+            wanted, answers = expected[result["name"]]
+            assert result["scores"] == {"exact_match": pytest.approx(wanted["headline"] / 100)}
+            for key in ("headline", "interval", "retention", "retention_interval"):
+                assert result[key] == pytest.approx(wanted[key])
+            assert given[result["name"]] == answers
+        changed = [number for number in range(120) if given["corrected"][number] != given["shortv"][number]][:4]
+        docs = list(Dataset.load_from_disk(asked / "table" / "test").select(changed))
+        oracle = load_model(corrected, dtype=torch.float32), load_processor(corrected)
+        assert docs and [given["corrected"][number] for number in changed] == [
+            alone(*oracle, doc["text"], [doc["image"]]) for doc in docs
+        ]
+        dense, _, own = shapes["results"]
+        for result, other in zip(shapes["results"], counted["results"]):
+            right = round(result["headline"] / 100 * 120)
+            assert (other["headline"], other["interval"]) == (3 * right, None)
+            assert (output / result["name"] / "submissions" / "counted.txt").read_text() == str(3 * right)
+            assert result["seconds"] > 0 and f"{result['headline']:.2f} [" in done.stdout
+        assert "ocr_counted: no interval" in done.stdout and "text in pictures" not in done.stdout
+
+        scores = {score.data: score for score in read_scores(folder)}
+        assert (scores["shapes"].score, scores["shapes"].base_score) == (own["headline"], dense["headline"])
+        assert (scores["shapes"].metric, scores["shapes"].note) == ("exact_match", "lmms-eval 0.7.3")
+        card = read_card(folder / "README.md")
+        low, high = own["interval"]
+        row = f"| shapes (lmms-eval 0.7.3) | 120 | exact match | {own['headline']:.2f} [{low:.2f}, {high:.2f}] |"
+        assert row in card.text and "text in pictures" not in card.text
+        values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+        assert values == {name: round(score.score, 2) for name, score in scores.items()}
+        print(card.text[card.text.index("## Evaluation") : card.text.index("<!-- /shortv:evaluation")])
+
+        monkeypatch.setattr(quick, "simple_evaluate", None)  # what is finished is not asked again
+        assert self.evaluate(folder, asked, output, *options).stdout == done.stdout
+        other = self.evaluate(folder, asked, output, "--compare", "--seed", "7")
+        assert other.returncode == 1 and "shapes-dense.json: a result with seed 0, not 7" in other.stderr
+
+    def test_a_card_without_text_is_told(self, package_folder, asked, tmp_path):
+        folder = shutil.copytree(package_folder, tmp_path / "package")
+        done = self.evaluate(folder, asked, tmp_path / "out", "--card", folder, names="shapes")
+        assert done.returncode == 0, done.stderr
+        for told in (done.stdout, read_card(folder / "README.md").text):
+            assert "No benchmark here is about text in pictures" in told and "arxiv.org/abs/2606.08511" in told
+        ((result,),) = [task["results"] for task in json.loads((tmp_path / "out/results.json").read_text())["tasks"]]
+        assert result["name"] == "shortv" and result["retention"] is None and "% of dense" not in done.stdout
+
+    def test_a_limit(self, package_folder, asked, tmp_path):
+        done = self.evaluate(package_folder, asked, tmp_path / "out", "--limit", 3)
+        assert done.returncode == 0, done.stderr
+        assert "shapes exact_match, 3 samples" in done.stdout
+
+    def test_groups_and_several_filters(self, package_folder, asked, tmp_path):
+        folder = shutil.copytree(asked / "task", tmp_path / "task")
+        filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("one", "other")]
+        (folder / "twice.yaml").write_text(json.dumps(task(asked, "twice", doc_to_visual="image", filter_list=filters)))
+        mean = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": True, "filter_list": ["none"]}
+        group = {"group": "both", "task": ["shapes", "twice"], "aggregate_metric_list": [mean]}
+        (folder / "both.yaml").write_text(json.dumps(group))
+        (tmp_path / "asked").mkdir()
+        os.rename(folder, tmp_path / "asked" / "task")
+        done = self.evaluate(package_folder, tmp_path / "asked", tmp_path / "out", "--limit", 8, names="both")
+        assert done.returncode == 0, done.stderr
+        found = {task["name"]: task for task in json.loads((tmp_path / "out/results.json").read_text())["tasks"]}
+        assert {name: task["questions"] for name, task in found.items()} == {"both": 16, "shapes": 8, "twice": 8}
+        ((both,), (shapes,), (twice,)) = (found[name]["results"] for name in ("both", "shapes", "twice"))
+        assert both["scores"]["exact_match"] == pytest.approx(shapes["scores"]["exact_match"])
+        assert both["seconds"] == pytest.approx(shapes["seconds"] + twice["seconds"])
+        assert shapes["interval"] and twice["interval"] is None and twice["headline"] == twice["scores"]["exact_match"]
+
+    def test_tasks_that_are_not_there(self, package_folder, asked, tmp_path, quick, monkeypatch):
+        done = self.evaluate(package_folder, asked, tmp_path / "out", names="shape")
+        assert done.returncode == 1 and "lmms-eval has no task 'shape'; there are shapes" in done.stderr
+        monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+        missing = task(tmp_path / "nowhere", "missing")
+        (tmp_path / "task").mkdir()
+        (tmp_path / "task" / "missing.yaml").write_text(json.dumps(missing))
+        done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing")
+        assert done.returncode == 1 and "missing: lmms-eval cannot load its data: " in done.stderr
+        (tmp_path / "task" / "utils.py").write_text("import a_library_that_nobody_has")
+        needy = json.dumps(task(asked, "needy", process_results="!function utils.process"))
+        (tmp_path / "task" / "needy.yaml").write_text(
+            needy.replace('"!function utils.process"', "!function utils.process")
+        )
+        quick._task_manager.cache_clear()
+        done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing,needy")
+        assert done.returncode == 1 and "needy: No module named 'a_library_that_nobody_has'; install" in done.stderr

@@ -25,6 +25,7 @@ from shortv_llava.model_card import (
     read_card,
     read_scores,
     record_score,
+    text_hint,
     write_card,
 )
 from shortv_llava.package import PUBLISHED, package_config, write_package
@@ -142,7 +143,7 @@ def test_calibrated_layers(tmp_path):
     settings = CALIBRATION | {"choice": {"strategy": "greedy"}, "tokens": ["text"]}
     folder = published_folder(tmp_path / "greedy", "llava-1.5-7b", calibration=settings, lc_scores=scores)
     text = make_card(folder, "me/it").text
-    assert "chosen on this checkpoint greedily" in text and "LC of text tokens" in text and "publish" not in text
+    assert "chosen on this checkpoint greedily" in text and "LC of text tokens" in text and "publish for" not in text
     (folder / "calibration.json").write_text('{"curves": []}')
     with pytest.raises(ShortVError, match="calibration.json"):
         make_card(folder, "me/it")
@@ -193,6 +194,19 @@ def test_the_table_compares_and_the_metadata_have_this_models_score_alone(tmp_pa
     (folder / "evaluation.json").write_text('{"results": [{"data": "gqa"}]}')
     with pytest.raises(ShortVError, match="evaluation.json: no evaluation wrote it so"):
         make_card(folder, "package")
+
+
+def test_a_card_without_text_in_pictures_says_where_published_layers_lose(tmp_path):
+    folder = published_folder(tmp_path / "package", "llava-1.5-7b")
+    make_card(folder, "package").save(folder / "README.md")
+    assert "are known to lose" in make_card(folder, "package").text and "docvqa_val" in text_hint(folder)
+    record_score(folder, SCORE)
+    assert "arxiv.org/abs/2606.08511" in read_card(folder / "README.md").text and text_hint(folder)
+    record_score(folder, SCORE._replace(data="ocrbench"), SCORE._replace(data="mmstar"))
+    assert [score.data for score in read_scores(folder)] == ["gqa", "ocrbench", "mmstar"]
+    assert "are known to lose" not in read_card(folder / "README.md").text and text_hint(folder) is None
+    dense = published_folder(tmp_path / "dense", "llava-1.5-7b", replaced_layers=[])
+    assert "are known to lose" not in make_card(dense, "package").text and text_hint(dense) is None
 
 
 def test_scores_of_the_package_before_are_not_this_ones(tmp_path, package_folder, caplog):
