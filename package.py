@@ -402,24 +402,15 @@ def write_package(
         write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
 
 
-class Checked(NamedTuple):
-    """What is known of a package before it is written.
-
-    Args:
-        entries: of its config.json; none where that comes of a conversion.
-        card: of the package that it replaces.
-        model: on the meta device; none where the checkpoint is to be converted.
-    """
-
-    entries: dict | None
-    card: Any
-    model: Any
-
-
 def _checked(
     base: Path, output: Path, overwrite: bool, weights: bool, with_corrections: bool, settings: dict
-) -> Checked:
-    """Everything that can be wrong with [`write_package`]'s arguments, told before any long work."""
+) -> tuple[dict | None, Any, Any]:
+    """What can be wrong with [`write_package`]'s arguments, told before any long work.
+
+    Returns:
+        The entries of config.json, None for a checkpoint that is to be converted; the card of the package that is
+        replaced; the model on the meta device, None as the first.
+    """
     from shortv_llava.conversion import is_original, must_convert
 
     original, entries = is_original(base), None
@@ -437,7 +428,7 @@ def _checked(
         entries = package_config(known, **settings)
     check_output(output, overwrite, base)
     card = _card_before(output)
-    return Checked(entries, card, None if entries is None else check_model(base, entries, weights))
+    return entries, card, None if entries is None else check_model(base, entries, weights)
 
 
 def _card_before(output: Path):

@@ -11,7 +11,9 @@ from shortv_llava.benchmarks.sizes import SHAPES, check_layers_of, find_shape, s
 from shortv_llava.cli import loading
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
+from shortv_llava.evaluation.scoring import check_metric
 from shortv_llava.flops import TEXT_TOKENS
+from shortv_llava.outputs import check_writable
 
 app = typer.Typer(
     help="Measure speed and memory on random weights.",
@@ -117,6 +119,41 @@ def prefill(
 
     common = {"text_tokens": text_tokens, "correction_rank": correction_rank, "fused_norms": fused_norms}
     run(model, numbers, methods, attention.split(","), batches, cuda_graphs, output, pairs=pairs, **common)
+
+
+@app.command()
+def methods(
+    model: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Package that `calibrate --fraction 1` made.")
+    ],
+    questions: Annotated[Path, typer.Option(exists=True, help="Questions with answers, in LLaVA's JSONL.")],
+    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the pictures they name.")],
+    metric: Annotated[str, typer.Option(help="What scores the answers, as of `shortv evaluate`.")] = "gqa",
+    ratio: Annotated[
+        list[float],
+        typer.Option(min=0, max=1, help="FLOPs of a prefill, relative to the dense model. Repeat it for several."),
+    ] = [0.75, 0.55, 0.45],  # noqa: B006
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that run at once.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of the model, as in torch: `float32`, `bfloat16`.")] = "float32",
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers.")] = Path("methods"),
+) -> None:
+    """Ways to save visual tokens, at equal FLOPs.
+
+    ShortV plain and corrected, FastV, VTW, ShortV with FastV, and random layers answer the same questions. Where a
+    method cannot come down to a ratio its row is missing. Interrupted, the same command continues.
+
+    Example:
+
+        shortv bench methods my-package --questions mine.jsonl --images photos
+    """
+    check_metric(metric)
+    check_writable(output)
+    with loading(LIBRARIES):
+        from shortv_llava.benchmarks.methods import run
+
+    settings = {"dtype": dtype, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    run(model, questions, images, metric, ratio, **settings, output=output)
 
 
 @app.command()

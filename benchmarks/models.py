@@ -3,6 +3,7 @@
 import os
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
@@ -81,6 +82,12 @@ def make_processor(model):
     processor.image_processor.crop_size = {"height": side, "width": side}
     model.config.image_token_id = processor.image_token_id
     return processor
+
+
+def make_picture(model) -> Image.Image:
+    """Noise of the size that a model takes."""
+    side = model.config.vision_config.image_size
+    return Image.effect_noise((side, side), 64).convert("RGB")
 
 
 def make_inputs(model, shape: Shape, text_tokens: int = 64, batch: int = 1) -> dict:

@@ -31,8 +31,6 @@ PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first
     "llava-next-7b": {8: 1.15, 16: 1.35, 19: 1.44, 24: 1.64},
     "llava-next-13b": {8: 1.13, 16: 1.30, 24: 1.52, 32: 1.84},
 }
-
-
 LEGEND = """seconds, medians of {pairs} pairs, ± half the quartiles' distance; share: of the bound
 =: logits equal to the bit; memory: the prefill's peak over the stock model's"""
 

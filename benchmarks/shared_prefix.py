@@ -6,9 +6,7 @@ Random weights answer with random tokens, so every answer is given the same numb
 import statistics
 import time
 
-from PIL import Image
-
-from shortv_llava.benchmarks.models import make_pair, make_processor
+from shortv_llava.benchmarks.models import make_pair, make_picture, make_processor
 from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
@@ -19,8 +17,7 @@ def run(shape: Shape, questions: int, fraction: float, new_tokens: int, batch_si
     """Compare the time of all answers."""
     num_layers = shape.num_layers
     _, model = make_pair(shape)
-    processor, side = make_processor(model), model.config.vision_config.image_size
-    picture = Image.effect_noise((side, side), 64).convert("RGB")
+    processor, picture = make_processor(model), make_picture(model)
     # In the embedded checkpoint's words about as many tokens as a question of GQA and its instruction have in Vicuna's.
     texts = [
         f"Is there a {color} {shape}? What color is the {shape}?" for color in shapes.COLORS for shape in shapes.SHAPES

@@ -2,9 +2,7 @@
 
 import statistics
 
-from PIL import Image
-
-from shortv_llava.benchmarks.models import make_pair, make_processor
+from shortv_llava.benchmarks.models import make_pair, make_picture, make_processor
 from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.chat import Conversation
 
@@ -13,8 +11,7 @@ def run(shape: Shape, fraction: float, conversations: int) -> None:
     """Compare the turns, dense and with replaced layers."""
     num_layers = shape.num_layers
     _, model = make_pair(shape)
-    processor, side = make_processor(model), model.config.vision_config.image_size
-    picture = Image.effect_noise((side, side), 64).convert("RGB")
+    processor, picture = make_processor(model), make_picture(model)
     for layers in ([], shape.layers(round(fraction * num_layers))):
         model.set_replaced_layers(layers)
         found = []

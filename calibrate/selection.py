@@ -16,6 +16,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, lowest, prefill_flops
 
 DEFAULT_FRACTION = 0.6  # of the layers are replaced: 19 of 32 and 24 of 40, as published
+RESAMPLES = 1000
 
 
 def number_of_layers(num_layers: int, fraction: float = DEFAULT_FRACTION) -> int:
@@ -181,7 +182,7 @@ class Choice:
         return units.reaching(order, units.ratio_of_layers(layers))
 
 
-def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int, resamples: int = 1000):
+def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int):
     """How sure a choice by LC is: resample the samples and choose again.
 
     Args:
@@ -193,8 +194,8 @@ def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int, 
         The 95% interval of every unit's mean score, `(units, 2)`; the share of resamples that choose it, `(units,)`.
     """
     generator = np.random.default_rng(seed)
-    means = np.stack([scores[generator.integers(len(scores), size=len(scores))].mean(axis=0) for _ in range(resamples)])
+    means = np.stack([scores[generator.integers(len(scores), size=len(scores))].mean(axis=0) for _ in range(RESAMPLES)])
     chosen = np.zeros(scores.shape[1])
     for row in means / np.asarray(saved):
         chosen[lowest(row.tolist(), number)] += 1
-    return np.quantile(means, [0.025, 0.975], axis=0).T, chosen / resamples
+    return np.quantile(means, [0.025, 0.975], axis=0).T, chosen / RESAMPLES

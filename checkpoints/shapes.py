@@ -7,7 +7,7 @@ Everything is drawn from the `random.Random` passed in, so a seed names a pictur
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,9 +184,13 @@ def plural(shape: str) -> str:
 
 def ask_several(scene: Scene, number: int, rng: random.Random, weights=(1, 1, 1, 1, 1)) -> list[Question]:
     """`number` different questions, or as many as the scene allows, of kinds drawn at random by `weights`."""
+    return different((ask(scene, rng.choices(KINDS, weights)[0], rng) for _ in range(5 * number)), number)
+
+
+def different(tries: Iterable[Question | None], number: int) -> list[Question]:
+    """The first `number` questions of different texts, or as many as there are."""
     asked: dict[str, Question] = {}
-    for _ in range(5 * number):
-        question = ask(scene, rng.choices(KINDS, weights)[0], rng)
+    for question in tries:
         if question is not None:
             asked.setdefault(question.text, question)
         if len(asked) == number:

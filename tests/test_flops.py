@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from shortv_llava import package
+from shortv_llava import ShortVLlavaConfig, package
 from shortv_llava.evaluation.methods import Dropping
-from shortv_llava.flops import block_flops, flops_ratio, image_tokens, prefill_flops
+from shortv_llava.flops import block_flops, flops_ratio, image_tokens, prefill_flops, replacement_order
 
 SEVEN_B = package.PUBLISHED["llava-1.5-7b"].replaced_layers
 PUBLISHED = [  # h, m, L, heads, v, TFLOPs dense, N, TFLOPs ShortV, ratio in percent
@@ -118,3 +118,12 @@ def test_ratio_of_a_configuration():
     whole = flops_ratio(ours.config)
     ours.set_replaced_layers(ffn=[0, 1, 2, 3])
     assert whole < flops_ratio(ours.config) < 1
+
+
+@pytest.mark.parametrize(
+    "scores, order", [(None, [3, 0]), ([5.0, 2.0, 1.0, 9.0, 1.0, 0.0], [3, 0, 5, 4, 2, 1])], ids=["unscored", "scored"]
+)
+def test_order_of_replacement(scores, order):
+    text_config = {"model_type": "llama", "num_hidden_layers": 6}
+    config = ShortVLlavaConfig(text_config=text_config, replaced_layers=[3, 0], lc_scores=scores)
+    assert replacement_order(config) == order

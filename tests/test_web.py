@@ -180,22 +180,6 @@ def test_the_question_is_shown_at_once_and_nothing_covers_the_answers(asked, mod
     assert functions["ask"] == functions["start_anew"] == "hidden"
 
 
-@pytest.mark.parametrize(
-    "scores, order",
-    [
-        (None, [3, 0]),
-        ([5.0, 2.0, 1.0, 9.0, 1.0, 0.0], [3, 0, 5, 4, 2, 1]),
-    ],
-)
-def test_order_of_replacement(gradio_client, model_and_processor, scores, order):
-    from shortv_llava.web import replacement_order
-
-    config = type(model_and_processor[0].config)(
-        text_config={"model_type": "llama", "num_hidden_layers": 6}, replaced_layers=[3, 0], lc_scores=scores
-    )
-    assert replacement_order(config) == order
-
-
 def test_frozen_blocks_stay_beside_the_slider(gradio_client, model_and_processor):
     from shortv_llava.web import DENSE, SHORTV, build
 

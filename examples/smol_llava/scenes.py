@@ -12,7 +12,7 @@ from itertools import combinations
 
 from PIL import Image, ImageDraw
 
-from shortv_llava.checkpoints.shapes import COLORS, SHAPES, ColoredShape, Question, article, outline, plural
+from shortv_llava.checkpoints.shapes import COLORS, SHAPES, ColoredShape, Question, article, different, outline, plural
 from shortv_llava.prompts import CAPTION_PROMPT
 
 IMAGE_SIZE = 128  # pixels
@@ -210,15 +210,8 @@ def caption(scene: Scene) -> Question:
 
 def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
     """`number` different questions, or as many as the scene allows, the kinds in turn from a random one on."""
-    asked: dict[str, Question] = {}
     first = rng.randrange(len(KINDS))
-    for turn in range(5 * number):
-        question = ASK[KINDS[(first + turn) % len(KINDS)]](scene, rng)
-        if question is not None:
-            asked.setdefault(question.text, question)
-        if len(asked) == number:
-            break
-    return list(asked.values())
+    return different((ASK[KINDS[(first + turn) % len(KINDS)]](scene, rng) for turn in range(5 * number)), number)
 
 
 def held_out(
