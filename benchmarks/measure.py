@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.outputs import replacing_file
 
 WARM_UP = 2  # pairs that are not counted
 

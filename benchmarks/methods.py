@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shortv_llava.calibrate.selection import Units, lowest
+from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.methods import Dropping
@@ -17,7 +18,6 @@ from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import DENSE, Result, Variant, evaluate
 from shortv_llava.evaluation.scoring import check_references
 from shortv_llava.flops import prefill_flops
-from shortv_llava.package import load
 
 FASTV_LAYER = 2  # K by default in its paper
 SEEDS = 3  # of random layers

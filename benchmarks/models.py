@@ -9,8 +9,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_llava.benchmarks.sizes import Shape
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.processors import load_processor
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 PATCH = 14
 IMAGE_TOKEN = 999

@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.benchmarks.measure import WARM_UP, compare, compare_memory, machine, write_json
 from shortv_llava.benchmarks.models import fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.replay import replayed
 from shortv_llava.benchmarks.sizes import SHAPES, Shape, check_layers_of, find_shape
+from shortv_llava.checkpoint.published import PUBLISHED
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.dropping import dropped
 from shortv_llava.evaluation.methods import Dropping, Method
-from shortv_llava.figures import new_figure, save_figure
+from shortv_llava.files.figures import new_figure, save_figure
+from shortv_llava.files.outputs import replacing_file
 from shortv_llava.flops import TEXT_TOKENS, flops_ratio
-from shortv_llava.outputs import replacing_file
-from shortv_llava.package import PUBLISHED
 
 PAPER = {  # Tables 3 and 4: number of replaced layers and gain in time to first token
     "llava-1.5-7b": {8: 1.13, 16: 1.23, 19: 1.30, 24: 1.40},

@@ -8,9 +8,9 @@ import time
 
 from shortv_llava.benchmarks.models import make_pair, make_picture, make_processor
 from shortv_llava.benchmarks.sizes import Shape
-from shortv_llava.checkpoints import shapes
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.questions import Question
+from shortv_llava.examples.shapes_llava import shapes
 
 
 def run(shape: Shape, questions: int, fraction: float, new_tokens: int, batch_size: int, pairs: int) -> None:

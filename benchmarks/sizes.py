@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from shortv_llava.checkpoint.published import PUBLISHED
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Method, check_layers
-from shortv_llava.package import PUBLISHED
 
 
 class Shape(NamedTuple):

@@ -4,7 +4,7 @@ import statistics
 
 from shortv_llava.benchmarks.models import make_pair, make_picture, make_processor
 from shortv_llava.benchmarks.sizes import Shape
-from shortv_llava.chat import Conversation
+from shortv_llava.chat.conversation import Conversation
 
 
 def run(shape: Shape, fraction: float, conversations: int) -> None:

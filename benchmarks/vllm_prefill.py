@@ -18,8 +18,9 @@ from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.measure import compare
 from shortv_llava.benchmarks.models import BEFORE_IMAGE, PATCH, make_pair, make_processor
 from shortv_llava.benchmarks.sizes import Shape
+from shortv_llava.checkpoint.config import OWN_KEYS
+from shortv_llava.checkpoint.package import write_package
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import OWN_KEYS, write_package
 
 
 def write_checkpoints(folder: Path, shape: Shape, layers: list[int]) -> list[Path]:

@@ -11,7 +11,7 @@ from shortv_llava.calibrate import Direction
 from shortv_llava.calibrate.contribution import dense, divergence
 from shortv_llava.calibrate.correction import Factors, corrected
 from shortv_llava.calibrate.samples import Sample, make_inputs
-from shortv_llava.package import LAYER_LISTS
+from shortv_llava.checkpoint.config import LAYER_LISTS
 
 
 class Cost(NamedTuple):

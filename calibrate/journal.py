@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.json_lines import add_to_record, read_record
+from shortv_llava.files.json_lines import add_to_record, read_record
 
 
 class Journal:

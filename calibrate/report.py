@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 from shortv_llava.calibrate.cost import Cost
-from shortv_llava.figures import FLOPS_AXIS, as_percent, log_with_zero, new_figure, save_figure
-from shortv_llava.package import LAYER_LISTS
+from shortv_llava.checkpoint.config import LAYER_LISTS
+from shortv_llava.files.figures import FLOPS_AXIS, as_percent, log_with_zero, new_figure, save_figure
 
 
 def _bar(score: float, highest: float) -> str:

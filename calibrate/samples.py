@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from shortv_llava.chat.images import check_sides, open_image
+from shortv_llava.chat.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check_length, make_prompt, process
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
-from shortv_llava.images import check_sides, open_image
-from shortv_llava.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check_length, make_prompt, process
 
 NAMED = ("gqa", "flickr30k", "shapes")
 GQA, FLICKR30K = "lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"
@@ -131,7 +131,7 @@ def question_samples(path: Path, images: Path) -> list[Sample]:
 
 def embedded_samples() -> list[Sample]:
     """The fixed samples that come with the embedded checkpoint."""
-    folder = Path(__file__).parents[1] / "checkpoints" / "samples"
+    folder = Path(__file__).parents[1] / "examples" / "shapes_llava" / "samples"
     return question_samples(folder / "questions.jsonl", folder / "images")
 
 

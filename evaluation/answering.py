@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from shortv_llava.chat.prompts import TUNING_SYSTEM, check_length, make_prompt, process, tokenize
+from shortv_llava.checkpoint.loading import cache_name
+from shortv_llava.checkpoint.processors import pads
 from shortv_llava.evaluation.questions import Question, open_images
-from shortv_llava.package import cache_name
-from shortv_llava.processors import pads
-from shortv_llava.prompts import TUNING_SYSTEM, check_length, make_prompt, process, tokenize
 
 
 class Tokens(NamedTuple):

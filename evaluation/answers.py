@@ -7,8 +7,8 @@ from pathlib import Path
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question
-from shortv_llava.json_lines import add_to_record, read_record
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.json_lines import add_to_record, read_record
+from shortv_llava.files.outputs import replacing_file
 
 
 class AnswersFile:

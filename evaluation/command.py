@@ -7,15 +7,19 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from shortv_llava.checkpoint.config import config_object, read_config
+from shortv_llava.checkpoint.loading import load
+from shortv_llava.checkpoint.processors import pads
+from shortv_llava.checkpoint.published import parse_layers
+from shortv_llava.checkpoint.source import check_name
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.scoring import check_metric, check_references, headline_name, of_subset
 from shortv_llava.evaluation.tasks import TASKS, Task
-from shortv_llava.model_card import read_scores, record_score, text_hint
-from shortv_llava.outputs import check_writable, only_one
-from shortv_llava.package import check_name, config_object, load, parse_layers, read_config
-from shortv_llava.processors import pads
+from shortv_llava.files.outputs import check_writable, only_one
+from shortv_llava.hub.card import record_score, text_hint
+from shortv_llava.hub.scores import read_scores
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
 

@@ -16,12 +16,12 @@ from lmms_eval.utils import handle_arg_string
 from PIL import Image
 from tqdm import tqdm
 
+from shortv_llava.chat.images import open_image
+from shortv_llava.chat.prompts import make_prompt, process, tokenize
+from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.questions import Question, open_images
-from shortv_llava.images import open_image
-from shortv_llava.package import load
-from shortv_llava.prompts import make_prompt, process, tokenize
 
 MAX_NEW_TOKENS = 1024  # where a task sets none, as for the harness's own LLaVA
 FEWSHOT_DELIMITER = "\n\n"

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from shortv_llava.calibrate.contribution import last_tokens
+from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.modeling_shortv_llava import rotate
-from shortv_llava.package import cache_name
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from shortv_llava.evaluation.lmms_results import TaskResults, compare
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.run import Variant
 from shortv_llava.evaluation.run import choose_variants as variants_of
-from shortv_llava.json_files import read_json
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.json_files import read_json
+from shortv_llava.files.outputs import replacing_file
 
 CORRECTED = "corrected"
 

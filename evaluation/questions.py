@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from shortv_llava.chat.images import check_sides, open_image
 from shortv_llava.errors import ShortVError, reason
-from shortv_llava.images import check_sides, open_image
-from shortv_llava.json_lines import read_jsonl
+from shortv_llava.files.json_lines import read_jsonl
 
 
 class Question(NamedTuple):

@@ -12,10 +12,10 @@ from rich.table import Table
 from shortv_llava.evaluation.answering import Tokens
 from shortv_llava.evaluation.lmms_results import TaskResult, TaskResults
 from shortv_llava.evaluation.run import Result
-from shortv_llava.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
-from shortv_llava.json_files import write_json
-from shortv_llava.model_card import Score
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.figures import FLOPS_AXIS, as_percent, new_figure, save_figure
+from shortv_llava.files.json_files import write_json
+from shortv_llava.files.outputs import replacing_file
+from shortv_llava.hub.scores import Score
 
 
 def table(results: Sequence[Result], **style) -> Table:

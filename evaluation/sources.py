@@ -13,8 +13,8 @@ from PIL import Image
 
 from shortv_llava.errors import ShortVError, first_line, reason
 from shortv_llava.evaluation.questions import Question, image_file
-from shortv_llava.json_lines import read_jsonl
-from shortv_llava.package import hub_reason
+from shortv_llava.files.json_lines import read_jsonl
+from shortv_llava.hub.errors import hub_reason
 
 REACH_SECONDS = 10
 SHUFFLE_BUFFER = 200  # rows, most of them with a picture

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from string import ascii_uppercase
 from typing import NamedTuple
 
+from shortv_llava.chat.prompts import CHAT_SYSTEM, SHORT_ANSWER_PROMPT, TUNING_SYSTEM
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import uploads
 from shortv_llava.evaluation.questions import Question, image_file
@@ -26,9 +27,8 @@ from shortv_llava.evaluation.sources import (
     read_tsv,
     table_questions,
 )
-from shortv_llava.json_files import read_json
-from shortv_llava.json_lines import read_jsonl
-from shortv_llava.prompts import CHAT_SYSTEM, SHORT_ANSWER_PROMPT, TUNING_SYSTEM
+from shortv_llava.files.json_files import read_json
+from shortv_llava.files.json_lines import read_jsonl
 
 SHORT = f"\n{SHORT_ANSWER_PROMPT}"
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -8,7 +8,7 @@ from pathlib import Path
 from shortv_llava.errors import ShortVError, reason
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import answers_of, functions
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.outputs import replacing_file
 
 Answered = list[tuple[Question, str]]
 

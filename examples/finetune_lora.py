@@ -20,12 +20,12 @@ from shortv_llava.calibrate import layer_contribution
 from shortv_llava.calibrate.correction import FitSample, fit_corrections, set_corrections
 from shortv_llava.calibrate.samples import draw, embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import number_of_layers
-from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.checkpoints.evaluate import accuracy, caption_accuracy
-from shortv_llava.checkpoints.train import Conversations
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT, shapes
+from shortv_llava.examples.shapes_llava.evaluate import accuracy, caption_accuracy
+from shortv_llava.examples.shapes_llava.train import Conversations
 from shortv_llava.flops import lowest
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
 
 
 def layers_that_matter(model, processor, fraction: float) -> list[int]:

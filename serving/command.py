@@ -6,8 +6,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from shortv_llava.checkpoint.config import config_object, read_config
+from shortv_llava.checkpoint.source import check_name, model_name
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import check_name, config_object, model_name, read_config
 from shortv_llava.serving import TESTED, check_package, check_version
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import write_package
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # small models; two threads on two busy cores wait for each other
@@ -31,8 +31,9 @@ def home():
 @pytest.fixture
 def hub(tmp_path):
     """A local Hub without repositories, whose token is in the environment."""
-    from hub import Hub
     from huggingface_hub import constants
+
+    from hub import Hub
 
     # Not the test's own monkeypatch: that must be undone before the Hub's settings are.
     with pytest.MonkeyPatch.context() as patched, Hub() as hub:

@@ -11,9 +11,9 @@ import tiny  # noqa: F401 - stock norms then keep float64 here too
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from processes import leave
 from torch.distributed.fsdp import FSDPModule
 
+from processes import leave
 from shortv_llava import ShortVLlavaForConditionalGeneration
 
 folder, rows_file, state_folder, output_file = sys.argv[1:]

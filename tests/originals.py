@@ -22,7 +22,7 @@ from shortv_llava import (
     ShortVLlavaNextVideoForConditionalGeneration,
     ShortVLlavaOnevisionForConditionalGeneration,
 )
-from shortv_llava.conversion import convert
+from shortv_llava.checkpoint.conversion import convert
 from shortv_llava.errors import ShortVError
 
 PINPOINTS = [[28, 56], [56, 28], [84, 28], [56, 56]]  # (width, height), as LLaVA writes them

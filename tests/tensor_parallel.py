@@ -7,8 +7,9 @@ import sys
 
 import tiny  # noqa: F401 - stock norms then keep float64 here too
 import torch
-from processes import leave
 from transformers import AutoModelForImageTextToText
+
+from processes import leave
 
 folder, inputs_file, output_file = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(

@@ -23,8 +23,10 @@ from originals import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from shortv_llava.conversion import convert, must_convert
-from shortv_llava.package import find_checkpoint, read_config, write_package
+from shortv_llava.checkpoint.config import read_config
+from shortv_llava.checkpoint.conversion import convert, must_convert
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.source import find_checkpoint
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}  # float32, one order of sums for another
 

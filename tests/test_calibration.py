@@ -31,13 +31,14 @@ from shortv_llava.calibrate.samples import (
     load_samples,
 )
 from shortv_llava.calibrate.selection import Choice, Units, bootstrap, number_of_layers
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.prompts import make_prompt
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import CORRECTION_FILE
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.shapes_llava import CHECKPOINT
+from shortv_llava.files.outputs import JOURNAL
 from shortv_llava.flops import flops_ratio, lowest
-from shortv_llava.outputs import JOURNAL
-from shortv_llava.package import CORRECTION_FILE, load_model
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import make_prompt
 
 QUICK = ("--correction-rank", "0", "--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
 

@@ -15,12 +15,13 @@ from conftest import REPLACED_LAYERS
 from PIL import Image
 
 from shortv_llava import cli
-from shortv_llava.chat import Conversation, Terminal
-from shortv_llava.chat_templates import FORMATS
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.conversation import Conversation
+from shortv_llava.chat.prompts import CHAT_SYSTEM
+from shortv_llava.chat.terminal import Terminal
+from shortv_llava.checkpoint.chat_templates import FORMATS
+from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load
-from shortv_llava.prompts import CHAT_SYSTEM
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 IMAGES = CHECKPOINT.parent / "samples" / "images"
 IMAGE_TOKENS = 64

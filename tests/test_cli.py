@@ -15,8 +15,8 @@ from PIL import Image
 from shortv_llava import cli
 from shortv_llava.benchmarks.command import app as benchmarks
 from shortv_llava.calibrate.samples import embedded_samples
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import PUBLISHED
+from shortv_llava.checkpoint.published import PUBLISHED
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 
 def shortv(*arguments, **settings) -> subprocess.CompletedProcess:
@@ -126,7 +126,7 @@ def test_calibrating_a_package_again_needs_overwrite_and_keeps_it_on_failure(pac
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_layers_by_name_and_by_id(name):
-    from shortv_llava.package import parse_layers
+    from shortv_llava.checkpoint.published import parse_layers
 
     model = PUBLISHED[name]
     expected = list(model.replaced_layers)
@@ -322,7 +322,7 @@ def test_a_person_at_the_terminal_sees_at_once_what_is_loaded(monkeypatch, capsy
 
 
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
-    from shortv_llava import package
+    from shortv_llava.checkpoint import package
 
     def full(*args):
         raise OSError(28, "No space left on device", str(args[1]))
@@ -334,7 +334,7 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    from shortv_llava import package
+    from shortv_llava.checkpoint import package
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from shortv_llava.benchmarks.conversion import make_adapter
-from shortv_llava.chat_templates import FORMATS
-from shortv_llava.conversion import convert, is_original
+from shortv_llava.checkpoint.chat_templates import FORMATS
+from shortv_llava.checkpoint.conversion import convert, is_original
 
 
 @pytest.fixture

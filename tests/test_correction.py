@@ -58,19 +58,14 @@ from shortv_llava.calibrate.correction import (
 from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Choice
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.config import config_object, read_config
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio, image_tokens, prefill_flops
-from shortv_llava.package import (
-    SHARD,
-    config_object,
-    load_model,
-    load_processor,
-    put_corrections,
-    read_config,
-    write_package,
-)
-from shortv_llava.push_to_hub import check_package
+from shortv_llava.hub.push import check_package
 
 RANK = 3
 PLAIN_PAIR = tiny.pair

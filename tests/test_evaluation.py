@@ -16,22 +16,23 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from shortv_llava.benchmarks.dropping import dropped
-from shortv_llava.checkpoints import CHECKPOINT, shapes
+from shortv_llava.chat.prompts import CHAT_SYSTEM, TUNING_SYSTEM
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import answering, report
 from shortv_llava.evaluation import command as evaluate_command
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
 from shortv_llava.evaluation.command import EvaluationOptions
+from shortv_llava.evaluation.dropping import dropped
 from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
 from shortv_llava.evaluation.tasks import TASKS
-from shortv_llava.model_card import read_card, read_scores
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM
+from shortv_llava.examples.shapes_llava import CHECKPOINT, shapes
+from shortv_llava.hub.metadata import read_card
+from shortv_llava.hub.scores import read_scores
 
 LAYERS = [11, 0, 10, 5, 8, 4, 1]
 QUESTIONS = (9, 1, 4, 3)  # about each picture

@@ -7,7 +7,9 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
 import shortv_llava
-from shortv_llava.package import MODEL_TYPES, load_model, package_config, write_package
+from shortv_llava.checkpoint.config import MODEL_TYPES, package_config
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
 
 IMAGE, VIDEO = tiny.IMAGE_TOKEN, tiny.IMAGE_TOKEN + 1
 TEXT = {

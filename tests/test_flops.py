@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 
-from shortv_llava import ShortVLlavaConfig, package
+from shortv_llava import ShortVLlavaConfig
+from shortv_llava.checkpoint import published
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.flops import block_flops, flops_ratio, image_tokens, prefill_flops, replacement_order
 
-SEVEN_B = package.PUBLISHED["llava-1.5-7b"].replaced_layers
+SEVEN_B = published.PUBLISHED["llava-1.5-7b"].replaced_layers
 PUBLISHED = [  # h, m, L, heads, v, TFLOPs dense, N, TFLOPs ShortV, ratio in percent
     (4096, 11008, 32, 32, 576, 8.5, 19, 4.7, 55),
     (5120, 13824, 40, 40, 576, 16.6, 24, 9.1, 55),

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, TextIter
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 MODELS = [("llava", "llama"), ("llava", "qwen2"), ("llava_next", "mistral")]
 FROZEN = {"layers": (3, 1), "attention": (2,), "ffn": (0,)}

@@ -13,7 +13,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from hub import ENDPOINTS, Hub, User
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
@@ -36,6 +35,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
+
+from hub import ENDPOINTS, Hub, User
 
 WEIGHTS = bytes(range(256)) * 64
 FILES = {"config.json": b'{"model_type": "clip"}', "model.safetensors": WEIGHTS, "sub/deep/notes.txt": b"notes"}

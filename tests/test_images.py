@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from shortv_llava import images
+from shortv_llava.chat import images
+from shortv_llava.chat.images import load_image
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question, open_images
-from shortv_llava.images import load_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from shortv_llava.errors import ShortVError
-from shortv_llava.json_lines import add_to_record, read_jsonl, read_record
+from shortv_llava.files.json_lines import add_to_record, read_jsonl, read_record
 
 
 def test_a_record_is_read_back_without_what_a_kill_cut_off(tmp_path):

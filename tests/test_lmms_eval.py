@@ -16,13 +16,15 @@ from PIL import Image as Pillow
 
 from shortv_llava.calibrate.correction import FitSample, correction_tensors, fit_corrections
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.prompts import make_prompt
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.command import EvaluationOptions, run
-from shortv_llava.model_card import read_card, read_scores
-from shortv_llava.package import load_model, write_package
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import make_prompt
+from shortv_llava.examples.shapes_llava import CHECKPOINT
+from shortv_llava.hub.metadata import read_card
+from shortv_llava.hub.scores import read_scores
 
 NOT_INSTALLED = "lmms-eval is not installed; `make test-lmms-eval` makes an environment with it"
 evaluator = pytest.importorskip("lmms_eval.evaluator", reason=NOT_INSTALLED)

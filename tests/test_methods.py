@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from shortv_llava.benchmarks.dropping import dropped
+from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.dropping import dropped
 from shortv_llava.evaluation.hiding import hidden, last_row_attention
 from shortv_llava.evaluation.methods import Dropping, Method, check_layers, parse_methods
-from shortv_llava.package import cache_name
 
 ROWS = ["ttIttt", "ttIttttttItt", "ttttt", "Ittttttt"]  # one picture, two, none, at the beginning
 

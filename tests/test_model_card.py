@@ -9,26 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import Hub, check_card
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hub import Hub, check_card
 from shortv_llava.calibrate.samples import embedded_samples
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.config import package_config
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.published import PUBLISHED
 from shortv_llava.errors import ShortVError
-from shortv_llava.model_card import (
-    DESCRIPTION,
-    PICTURE,
-    Score,
-    base_metadata,
-    is_edited,
-    make_card,
-    read_card,
-    read_scores,
-    record_score,
-    text_hint,
-    write_card,
-)
-from shortv_llava.package import PUBLISHED, package_config, write_package
+from shortv_llava.examples.shapes_llava import CHECKPOINT
+from shortv_llava.hub.card import DESCRIPTION, PICTURE, is_edited, make_card, record_score, text_hint, write_card
+from shortv_llava.hub.metadata import base_metadata, read_card
+from shortv_llava.hub.scores import Score, read_scores
 
 SCORE = Score(
     data="gqa",

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shortv_llava import outputs
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.config import read_config
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import check_output, write_package
 from shortv_llava.errors import ShortVError
-from shortv_llava.outputs import JOURNAL, UNFINISHED, only_one, replacing
-from shortv_llava.package import check_output, load_model, read_config, write_package
+from shortv_llava.examples.shapes_llava import CHECKPOINT
+from shortv_llava.files import outputs
+from shortv_llava.files.outputs import JOURNAL, UNFINISHED, only_one, replacing
 
 
 def package(output: Path, layers=(1,), **options) -> None:
@@ -152,7 +154,7 @@ def test_two_commands_in_one_folder(tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from shortv_llava.outputs import only_one
+from shortv_llava.files.outputs import only_one
 with only_one(Path({str(tmp_path)!r}) / "out"):
     print("ready", flush=True)
     sys.stdin.read()
@@ -172,9 +174,10 @@ with only_one(Path({str(tmp_path)!r}) / "out"):
 def test_signals_end_with_one_line(tmp_path, number, command):
     script = """
 import os, sys
-from shortv_llava import cli, package
+from shortv_llava import cli
+from shortv_llava.checkpoint import source
 number = int(sys.argv.pop())
-package.fetch_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), number)
+source.fetch_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), number)
 cli.main()
 """
     arguments = [
@@ -196,7 +199,8 @@ cli.main()
 def test_a_signal_that_comes_where_python_ignores_it_comes_again(number):
     script = """
 import os, signal, sys
-from shortv_llava import cli, package
+from shortv_llava import cli
+from shortv_llava.checkpoint import source
 number = int(sys.argv.pop())
 class Dying:
     def __del__(self):
@@ -204,7 +208,7 @@ class Dying:
 def fetch(*args, **kwargs):
     Dying()
     signal.pause()
-package.check_name = fetch
+source.check_name = fetch
 cli.main()
 """
     arguments = ["package", "some/model", "--layers", "1", "--output", "out", str(int(number))]

@@ -8,15 +8,15 @@ import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from devices import PretendedDevices, place
-from processes import torchrun
 from transformers.dynamic_module_utils import get_cached_module_file
 
+from processes import torchrun
 from shortv_llava import ShortVLlavaForConditionalGeneration
-from shortv_llava.benchmarks.dropping import dropped
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.evaluation.dropping import dropped
 from shortv_llava.evaluation.hiding import hidden
 from shortv_llava.evaluation.methods import Dropping
-from shortv_llava.processors import load_processor
 
 LAYERS = "model.language_model.layers"
 FROZEN = {

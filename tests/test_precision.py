@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.processors import load_processor
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 PRECISIONS = {
     "float32": (torch.float32, None),

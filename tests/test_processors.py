@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hub import Hub
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+from hub import Hub
 from shortv_llava import CONFIG_CLASSES, ShortVLlavaForConditionalGeneration
-from shortv_llava.chat_templates import FORMATS
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.prompts import CHAT_SYSTEM, TUNING_SYSTEM, make_prompt, process
+from shortv_llava.checkpoint.chat_templates import FORMATS
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor, outdated_files, pads
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load_model, write_package
-from shortv_llava.processors import load_processor, outdated_files, pads
-from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM, make_prompt, process
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 QUESTION = "What's in [it]?"
 TEXTS = ["USER: <image>\nWhat is it? ASSISTANT:", "<image> a", " a  b", "\nWhat", "one</s> two", "é 中"]
@@ -365,7 +366,7 @@ class TestWeights:
         assert not (tmp_path / "package" / "pytorch_model.bin.index.json").exists()
 
     def test_only_what_transformers_loads_is_downloaded(self, base, hub: Hub, tmp_path):
-        from shortv_llava.package import fetch_checkpoint
+        from shortv_llava.checkpoint.source import fetch_checkpoint
 
         for name in self.EXTRAS:
             write(base / name, {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}})

@@ -14,21 +14,24 @@ import pytest
 import torch
 import yaml
 from command import shortv_here
-from hub import Hub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.utils import _cache_assets
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
-from shortv_llava import push_to_hub
+from hub import Hub
 from shortv_llava.calibrate.samples import embedded_samples
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import SHARD, write_package
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.checkpoint.source import fetch_checkpoint, find_checkpoint
 from shortv_llava.errors import ShortVError
-from shortv_llava.model_card import DESCRIPTION, Score, make_card, record_score
-from shortv_llava.package import SHARD, fetch_checkpoint, find_checkpoint, load_model, write_package
-from shortv_llava.processors import load_processor
-from shortv_llava.push_to_hub import EVAL_RESULTS_FILE, check_package, push, push_space
+from shortv_llava.examples.shapes_llava import CHECKPOINT
+from shortv_llava.hub import push as pushing
+from shortv_llava.hub.card import DESCRIPTION, make_card, record_score
+from shortv_llava.hub.push import EVAL_RESULTS_FILE, check_package, push, push_space
+from shortv_llava.hub.scores import Score
 
 BASE, REPO = "org/base", "alice/shapes-shortv"
 LAYERS = [11, 0, 10, 5]
@@ -626,17 +629,17 @@ def test_a_failing_copy_moves_no_weights(hub, bare, fault, words):
 def test_a_commit_of_someone_else_in_between(hub, folder, monkeypatch):
     push(folder, REPO, license="mit")
     (folder / "generation_config.json").write_text("{}")
-    plan = push_to_hub._operations
+    plan = pushing._operations
 
     def raced(*arguments):
         hub.commit(REPO, {"generation_config.json": b'{"theirs": 1}'})
         return plan(*arguments)
 
-    monkeypatch.setattr(push_to_hub, "_operations", raced)
+    monkeypatch.setattr(pushing, "_operations", raced)
     with fails("changed by someone else"):
         push(folder, REPO, license="mit")
     assert hub.files(REPO)["generation_config.json"] == b'{"theirs": 1}'
-    monkeypatch.setattr(push_to_hub, "_operations", plan)
+    monkeypatch.setattr(pushing, "_operations", plan)
     push(folder, REPO, license="mit")
     assert hub.files(REPO)["generation_config.json"] == b"{}"
 

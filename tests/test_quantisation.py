@@ -8,9 +8,9 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, Torc
 
 from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 BLOCKS = {"layers": (0, 3, 6), "attention": (9,), "ffn": (2, 10)}
 

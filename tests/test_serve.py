@@ -6,10 +6,10 @@ import os
 import pytest
 from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 
-from shortv_llava.checkpoints import CHECKPOINT
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import CAPTION_PROMPT
+from shortv_llava.chat.prompts import CAPTION_PROMPT
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
 pytest.importorskip("transformers.cli.serving", reason="this transformers cannot serve custom models")

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForC
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.contribution import contributions
 from shortv_llava.calibrate.samples import make_inputs
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.loading import load_model
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.examples.smol_llava import evidence, measure, scenes
 from shortv_llava.examples.smol_llava.__main__ import main
 from shortv_llava.examples.smol_llava.language_model import load_language_model
@@ -30,7 +31,6 @@ from shortv_llava.examples.smol_llava.model import (
     trained_parts,
 )
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer, answer_states
-from shortv_llava.package import load_model
 
 ATTRIBUTE_OF = {value: name for name, values in scenes.VALUES.items() for value in values}
 ATTRIBUTE_OF |= {scenes.plural(shape): "shape" for shape in scenes.SHAPES}

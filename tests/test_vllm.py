@@ -33,11 +33,13 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from shortv_llava.calibrate.correction import Factors, correction_tensors
 from shortv_llava.calibrate.samples import embedded_samples
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.prompts import make_prompt
+from shortv_llava.checkpoint.config import read_config
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
-from shortv_llava.package import load_model, read_config, write_package
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import make_prompt
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.serving import models, register
 from shortv_llava.serving.command import serve
 

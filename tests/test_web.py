@@ -8,18 +8,19 @@ import sys
 import pytest
 from command import shortv_here
 from conftest import REPLACED_LAYERS
-from hub import Hub
 from huggingface_hub import HfApi, SpaceCard, snapshot_download
 from PIL import Image
 from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 
-from shortv_llava.checkpoints import CHECKPOINT
+from hub import Hub
+from shortv_llava.chat.prompts import CAPTION_PROMPT
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio
-from shortv_llava.package import load_model, write_package
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import CAPTION_PROMPT
-from shortv_llava.push_to_hub import SPACE_FILES, push, push_space
+from shortv_llava.hub.push import SPACE_FILES, push, push_space
 
 IMAGE = CHECKPOINT.parent / "samples" / "images" / "000.png"
 QUESTION = CAPTION_PROMPT
@@ -125,7 +126,7 @@ def test_without_a_picture_nothing_is_frozen(visitor):
 @pytest.fixture(scope="module")
 def asked(gradio_client, model_and_processor):
     """A function that gives all that the page shows after a question."""
-    from shortv_llava.web import DENSE, SHORTV, build
+    from shortv_llava.chat.web import DENSE, SHORTV, build
 
     image_data = pytest.importorskip("gradio").data_classes.ImageData
     page = build(*model_and_processor, "x", 2)
@@ -171,7 +172,7 @@ def test_broken_pictures_say_why_under_the_answers(asked, tmp_path, data, words)
 
 
 def test_the_question_is_shown_at_once_and_nothing_covers_the_answers(asked, model_and_processor):
-    from shortv_llava.web import build
+    from shortv_llava.chat.web import build
 
     [shown, figures, box], *others = asked(QUESTION)
     assert box == "" and all("" not in update for update in others)  # what is typed meanwhile is kept
@@ -181,7 +182,7 @@ def test_the_question_is_shown_at_once_and_nothing_covers_the_answers(asked, mod
 
 
 def test_frozen_blocks_stay_beside_the_slider(gradio_client, model_and_processor):
-    from shortv_llava.web import DENSE, SHORTV, build
+    from shortv_llava.chat.web import DENSE, SHORTV, build
 
     model, processor = model_and_processor
     model.set_replaced_layers([11, 3], ffn=[5, 6])
@@ -286,6 +287,6 @@ def test_refusals(hub, folder, tmp_path):
 def test_the_space_asks_for_the_gradio_that_is_tested(gradio_client):
     import gradio
 
-    from shortv_llava.push_to_hub import GRADIO_VERSION
+    from shortv_llava.hub.push import GRADIO_VERSION
 
     assert gradio.__version__ == GRADIO_VERSION

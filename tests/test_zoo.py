@@ -12,9 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.utils import is_torchvision_available
 
 from shortv_llava.calibrate.contribution import layer_contribution
-from shortv_llava.package import load_model, read_config, write_package
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import make_prompt, process
+from shortv_llava.chat.prompts import make_prompt, process
+from shortv_llava.checkpoint.config import read_config
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor
 
 ZOO = Path(__file__).parents[2] / "shared" / "zoo"
 ADAPTERS = {"liu_v15_7b_lora"}

@@ -36,8 +36,8 @@ from shortv_llava import (
     ShortVLlavaNextConfig,
     ShortVLlavaNextForConditionalGeneration,
 )
-from shortv_llava.chat_templates import FORMATS
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.checkpoint.chat_templates import FORMATS
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.modeling_shortv_llava import Correction
 
 LONG = "t" + "I" * 400 + "t" + "I" * 400 + "ttt"  # 3,205 tokens, text in one row, one row and three

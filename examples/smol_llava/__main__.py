@@ -48,7 +48,7 @@ def questions(
     seed: str = "held-out",
 ) -> None:
     """Write questions never trained on, for `shortv calibrate --data` and `shortv evaluate --questions`."""
-    from shortv_llava.checkpoints.shapes import write_questions
+    from shortv_llava.examples.shapes_llava.shapes import write_questions
     from shortv_llava.examples.smol_llava import scenes
 
     write_questions(folder, scenes.held_out(pictures, number, seed), scenes.draw)

@@ -36,16 +36,17 @@ from shortv_llava.calibrate.correction import (
 )
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units
+from shortv_llava.checkpoint.config import LAYER_LISTS
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.measure import Meter, Reading, samples_of
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer
 from shortv_llava.examples.smol_llava.prompts import HELD_OUT_PROMPTS
+from shortv_llava.files.json_lines import read_jsonl
+from shortv_llava.files.outputs import replacing_file
 from shortv_llava.flops import lowest
-from shortv_llava.json_lines import read_jsonl
-from shortv_llava.outputs import replacing_file
-from shortv_llava.package import LAYER_LISTS, load_model
-from shortv_llava.processors import load_processor
 
 MANY = 40, 10  # pictures, and questions about each: samples for LC, of which one a picture chooses
 FEW = 10, 8  # likewise, where every sample is dear: blocks, text, greedy choices

@@ -9,7 +9,7 @@ import torch
 from shortv_llava.calibrate import Granularity, Tokens
 from shortv_llava.calibrate.contribution import contributions, divergence
 from shortv_llava.calibrate.samples import Sample
-from shortv_llava.checkpoints.shapes import Question
+from shortv_llava.examples.shapes_llava.shapes import Question
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer, answer_states
 from shortv_llava.modeling_shortv_llava import Correction

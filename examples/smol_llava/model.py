@@ -13,11 +13,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from shortv_llava.checkpoints.train import save
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.shapes_llava.train import save
 from shortv_llava.examples.smol_llava.language_model import CHAT_TEMPLATE
 from shortv_llava.examples.smol_llava.scenes import IMAGE_SIZE
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.outputs import replacing_file
 
 IMAGE = "<image>"
 PATCH = 16  # pixels; 128 / 16 = 8, squared = 64 visual tokens

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from shortv_llava.checkpoints.shapes import Question
-from shortv_llava.checkpoints.train import IGNORED, Row, collate
+from shortv_llava.examples.shapes_llava.shapes import Question
+from shortv_llava.examples.shapes_llava.train import IGNORED, Row, collate
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.modeling_shortv_llava import FrozenTokens

@@ -1,6 +1,6 @@
 """Pictures of coloured shapes with size, pattern and place, with questions in named kinds, captions and conversations.
 
-Richer than the embedded checkpoint's `checkpoints.shapes`, whose outlines and colours it uses: up to six objects on a
+Richer than the embedded checkpoint's `shapes_llava.shapes`, whose outlines and colours it uses: up to six objects on a
 4 x 4 grid, each with four attributes, referred to by any attributes that tell them apart. All is drawn from the
 `random.Random` passed in, so a seed names a picture and its questions.
 """
@@ -12,8 +12,17 @@ from itertools import combinations
 
 from PIL import Image, ImageDraw
 
-from shortv_llava.checkpoints.shapes import COLORS, SHAPES, ColoredShape, Question, article, different, outline, plural
-from shortv_llava.prompts import CAPTION_PROMPT
+from shortv_llava.chat.prompts import CAPTION_PROMPT
+from shortv_llava.examples.shapes_llava.shapes import (
+    COLORS,
+    SHAPES,
+    ColoredShape,
+    Question,
+    article,
+    different,
+    outline,
+    plural,
+)
 
 IMAGE_SIZE = 128  # pixels
 GRID = 4

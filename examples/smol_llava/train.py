@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shortv_llava.checkpoints.shapes import Question
-from shortv_llava.checkpoints.train import run
+from shortv_llava.examples.shapes_llava.shapes import Question
+from shortv_llava.examples.shapes_llava.train import run
 from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.measure import Meter, token_norms
 from shortv_llava.examples.smol_llava.model import (
@@ -36,8 +36,8 @@ from shortv_llava.examples.smol_llava.model import (
 )
 from shortv_llava.examples.smol_llava.packing import UNFINISHED, Packer, answer_states
 from shortv_llava.examples.smol_llava.prompts import TRAINING_PROMPTS
-from shortv_llava.json_lines import add_to_record, read_record
-from shortv_llava.outputs import replacing_file
+from shortv_llava.files.json_lines import add_to_record, read_record
+from shortv_llava.files.outputs import replacing_file
 
 ALIGNMENT = {"steps": 600, "lr": 1e-3, "pictures": 64}  # a step
 STAGE2 = {"steps": 500, "lr": 1e-3, "pictures": 3}

@@ -1,4 +1,4 @@
-"""Train the embedded LLaVA from scratch on shapes: `python -m shortv_llava.checkpoints.train --work training`.
+"""Train the embedded LLaVA from scratch: `python -m shortv_llava.examples.shapes_llava.train --work training`.
 
 1. Vision tower and projector are aligned with the word embeddings: the visual token of a patch shall be like the words
    for what the patch shows. Finding what a question names is then a matter of like and like.
@@ -34,9 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shortv_llava.chat_templates import FORMATS
-from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.prompts import CAPTION_PROMPT, CHAT_SYSTEM
+from shortv_llava.chat.prompts import CAPTION_PROMPT, CHAT_SYSTEM
+from shortv_llava.checkpoint.chat_templates import FORMATS
+from shortv_llava.examples.shapes_llava import CHECKPOINT, shapes
 
 PATCH = 12  # pixels; 96 / 12 = 8, squared = 64 visual tokens
 ALIGNMENT = {"steps": 1600, "lr": 1e-3}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from shortv_llava.errors import ShortVError, first_line
-from shortv_llava.json_files import read_json, write_json
+from shortv_llava.files.json_files import read_json, write_json
 
 SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them

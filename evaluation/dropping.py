@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from shortv_llava.calibrate.contribution import last_tokens
+from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.evaluation.hiding import (
     by_name,
     forward_pre_hooks,
@@ -18,7 +19,6 @@ from shortv_llava.evaluation.hiding import (
 )
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.modeling_shortv_llava import FrozenTokens
-from shortv_llava.package import cache_name
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from shortv_llava.chat_templates import FORMATS, format_of
+from shortv_llava.chat.prompts import make_prompt, process
+from shortv_llava.checkpoint.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line
-from shortv_llava.json_files import read_json, write_json
-from shortv_llava.prompts import make_prompt, process
+from shortv_llava.files.json_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
         ShortVError: if there is none, it gives no prompt with a picture, or no picture that the model takes.
         ImportError: if it needs a library that is missing, as torchvision.
     """
-    from shortv_llava.package import check_pictures, config_object, model_without_weights, read_config
+    from shortv_llava.checkpoint.checks import check_pictures, model_without_weights
+    from shortv_llava.checkpoint.config import config_object, read_config
 
     with _put_right(folder, chat_template, image_aspect_ratio) as (_, processor, notes):
         check_pictures(folder, model_without_weights(folder, config_object(read_config(folder))), processor)
@@ -139,7 +140,7 @@ def _put_right(
     folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"
 ) -> Iterator[tuple[Path, Any, list[str]]]:
     """A folder with the processor files of a checkpoint put right, for as long as it is used; processor and notes."""
-    from shortv_llava.package import config_object, read_config
+    from shortv_llava.checkpoint.config import config_object, read_config
 
     if not (folder / "tokenizer_config.json").is_file():
         raise ShortVError(f"{folder}: has no tokenizer; copy the processor files of the base model there")

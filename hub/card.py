@@ -12,44 +12,28 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from shortv_llava.checkpoint.config import LAYER_LISTS, config_object, read_config
+from shortv_llava.checkpoint.package import EVALUATION_FILE
+from shortv_llava.checkpoint.processors import files_like
+from shortv_llava.checkpoint.source import CARD_FILE, TERMS_PATTERNS
 from shortv_llava.errors import ShortVError
+from shortv_llava.files.outputs import replacing_file
 from shortv_llava.flops import TEXT_TOKENS, flops_ratio, image_tokens, prefill_flops
-from shortv_llava.outputs import replacing_file
-from shortv_llava.package import (
-    CARD_FILE,
-    EVALUATION_FILE,
-    LAYER_LISTS,
-    PUBLISHED,
-    TERMS_PATTERNS,
-    config_object,
-    hub_id,
-    read_config,
-    split_revision,
-)
-from shortv_llava.processors import files_like
+from shortv_llava.hub.metadata import DATASETS, card_metadata, is_published_for, listed, published_model, read_card
+from shortv_llava.hub.scores import RESULTS_SOURCE, Score, read_scores, scores_row
 
 logger = logging.getLogger(__name__)
 
 PAPER = "https://arxiv.org/abs/2504.00502"
-# By their names in calibration settings.
-DATASETS = {"gqa": "lmms-lab-encoder/GQA", "flickr30k": "lmms-lab-encoder/flickr30k"}
 # What the paper reports for its layers: mean score, of the dense model's, and speed-up of the first token.
 PAPER_FIGURES = {
     "llava-1.5-7b": ("99.0%", "1.30x"),
     "llava-1.5-13b": ("99.2%", "1.39x"),
     "llava-next-7b": ("99.0%", "1.44x"),
     "llava-next-13b": ("99.5%", "1.52x"),
-}
-LICENSE_TITLES = {  # how the texts of licences begin
-    "apache license": "apache-2.0",
-    "mit license": "mit",
-    "llama 2 community license": "llama2",
-    "meta llama 3 community license": "llama3",
 }
 NOTICES = {  # what a licence wants every copy to say
     "llama2": "Llama 2 is licensed under the [LLAMA 2 Community License](https://ai.meta.com/llama/license/), "
@@ -73,8 +57,6 @@ TEXT_HINT = (
     "to 17.9 on DocVQA and from 31.3 to 29.5 on OCRBench, LLaVA-NeXT-7B from 68.4 to 59.8 and from 52.3 to 45.6, as "
     "measured by V-Skip (https://arxiv.org/abs/2606.08511) and SPIDER (https://openreview.net/forum?id=aGpSK6QH3w)."
 )
-
-RESULTS_SOURCE = "shortv evaluate"  # by which a card's metadata tell our results from others
 BLOCKS = ("intro", "use", "layers", "cost", "evaluation", "terms")  # the generated parts
 # A sentence that transformers' `push_to_hub` puts into the template that all cards without words of their own share.
 DESCRIPTION = (
@@ -130,52 +112,6 @@ TEMPLATE = (
 ```
 """
 )
-
-
-class Score(NamedTuple):
-    """What an evaluation found, an entry of evaluation.json. Intervals are (low, high), of 95% confidence.
-
-    Args:
-        data: name of the questions.
-        dataset: Hub id of the data set that they come from; None for a file of one's own.
-        metric: such as `accuracy` or `f1`.
-        score, interval: in percent, or in the metric's own points; no interval of a single picture's questions.
-        base_score, base_interval: the base model's, with the same code; None if it was not evaluated beside.
-        percent_of_base, percent_interval: the one score in percent of the other.
-        date: ISO 8601.
-        note: how the model was loaded, if not as it is.
-    """
-
-    data: str
-    dataset: str | None
-    metric: str
-    questions: int
-    score: float
-    interval: tuple[float, float] | None
-    base_score: float | None
-    base_interval: tuple[float, float] | None
-    percent_of_base: float | None
-    percent_interval: tuple[float, float] | None
-    date: str
-    note: str | None
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """The scores of the package `folder`.
-
-    Raises:
-        ShortVError: if its evaluation.json is none that `shortv evaluate` wrote.
-    """
-    path = folder / EVALUATION_FILE
-    try:
-        scores = [Score(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["results"]]
-        for score in scores:
-            _scores_row(score)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ShortVError(f"{path}: no evaluation wrote it so ({error!r}); evaluate again or remove it") from error
-    return scores
 
 
 def record_score(folder: Path, *scores: Score) -> None:
@@ -238,7 +174,7 @@ def make_card(
     """
     config, scores = config_object(read_config(folder)), read_scores(folder)
     _check_calibration(folder, config.calibration or {})
-    data = _metadata(config, name, existing, scores, known)
+    data = card_metadata(config, name, existing, scores, known)
     if data.base_model and not data.get("base_model_relation"):
         data.base_model_relation = "quantized" if _quantised_by(config) else "finetune"
     texts = [
@@ -260,24 +196,6 @@ def make_card(
     for block, text in blocks.items():
         card.text = re.sub(_marked(block), lambda _, text=text: text, card.text, flags=re.S)
     return card
-
-
-def read_card(path: Path, name: str | None = None) -> ModelCard | None:
-    """The card in a file; None if there is none.
-
-    Args:
-        name: of the file, for messages; its path by default.
-
-    Raises:
-        ShortVError: if its metadata cannot be read.
-    """
-    try:
-        return ModelCard.load(path) if path.is_file() else None
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ShortVError(
-            f"{name or path}: its metadata cannot be read ({reason}); correct it, or remove the file"
-        ) from error
 
 
 def has_words(card: ModelCard) -> bool:
@@ -320,145 +238,6 @@ def is_edited(card: ModelCard, folder: Path) -> bool:
     return texts[0] != texts[1] and has_words(card)
 
 
-def base_metadata(base: Path, base_model: str | None = None, license: str | None = None) -> dict:
-    """What a checkpoint folder says of itself: its id, licence, language and data; None for what it does not say.
-
-    Args:
-        base_model, license: where the user gives them.
-    """
-    data = _tolerantly_read(base / CARD_FILE)
-    texts = {key: _listed(getattr(data, key)) for key in ("base_model", "license", "license_name", "license_link")}
-    told = {key: values[0] if values else None for key, values in texts.items()}
-    if license:
-        told |= {"license": license, "license_name": None, "license_link": None}
-    relation = None
-    if not base_model and "shortv" in _listed(data.tags):  # a package of a package has its base
-        base_model, relation = told["base_model"], data.get("base_model_relation")
-    if not base_model and (base_model := hub_id(base)):
-        relation = "finetune"  # whatever the base is, it is not quantised on the way
-    return {
-        **told,
-        "base_model": base_model,
-        "base_model_relation": relation,
-        "license": told["license"] or _license_of_text(base),
-        "language": data.language if isinstance(data.language, str) else _listed(data.language) or None,
-        "datasets": _listed(data.datasets) or None,
-    }
-
-
-def _tolerantly_read(path: Path) -> ModelCardData:
-    """The metadata of a stranger's card, as far as they can be read."""
-    try:
-        if path.is_file():
-            return ModelCard.load(path, ignore_metadata_errors=True).data
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        logger.warning(f"{path}: its metadata cannot be read ({' '.join(str(error).split())}) and are left out")
-    return ModelCardData()
-
-
-def _license_of_text(folder: Path) -> str | None:
-    for path in files_like(folder, TERMS_PATTERNS):
-        start = path.read_text(encoding="utf-8", errors="replace")[:500].lower()
-        for title, identifier in LICENSE_TITLES.items():
-            if title in start:
-                return identifier
-    return None
-
-
-def _metadata(config, name: str, existing: ModelCard | None, scores: Sequence[Score], known: dict) -> ModelCardData:
-    entries = existing.data.to_dict() if existing else {}
-    known = {key: value for key, value in known.items() if value}
-    if "license" in known:  # these belong to the licence before
-        entries = {key: value for key, value in entries.items() if key not in ("license_name", "license_link")}
-    for base in _listed((config.calibration or {}).get("base")):
-        if "/" in base:  # a Hub id; all that tells the base of a package that was loaded and saved again
-            entries.setdefault("base_model", split_revision(base)[0])
-    family = config.model_type.removeprefix("shortv_").replace("_", "-")
-    tags = [*_listed(entries.get("tags")), "custom_code", "shortv", family, "arxiv:2504.00502"]
-    datasets = [*_listed(entries.get("datasets")), *_listed(known.get("datasets"))]
-    datasets += [DATASETS[source] for source in _calibration_data(config) if source in DATASETS]
-    data = ModelCardData(
-        **entries
-        | {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-        | known
-        | {"tags": list(dict.fromkeys(tags)), "datasets": list(dict.fromkeys(datasets)) or None}
-    )
-    results = [result for result in data.eval_results or () if result.source_name != RESULTS_SOURCE]
-    results += [_eval_result(score, name) for score in scores]
-    data.eval_results = results or None
-    data.model_name = name.split("/")[-1] if results else None
-    return data
-
-
-def _eval_result(score: Score, name: str) -> EvalResult:
-    return EvalResult(
-        task_type="image-text-to-text",
-        dataset_type=score.dataset or score.data,
-        dataset_name=score.data,
-        metric_type=score.metric,
-        metric_value=round(score.score, 2),
-        source_name=RESULTS_SOURCE,
-        source_url=scores_url(name),
-    )
-
-
-def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
-    """The scores on the Hub's data sets, as the Hub reads them from `.eval_results/`; None if there are none.
-
-    With a huggingface_hub that does not know that format, there are none either.
-    """
-    entries = [
-        {
-            "dataset_id": score.dataset,
-            "task_id": score.data,
-            "value": round(score.score, 2),
-            "date": score.date,
-            "source_url": scores_url(repo_id),
-            "source_name": RESULTS_SOURCE,
-            "notes": ", ".join(
-                [score.metric, f"{score.questions:,} question{'s' * (score.questions != 1)}",
-                 *(["95% interval {:.2f} to {:.2f}".format(*score.interval)] if score.interval else []),
-                 *([score.note] if score.note else [])]
-            ),
-        }
-        for score in scores
-        if score.dataset
-    ]  # fmt: skip
-    if not entries:
-        return None
-    try:
-        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-    except ImportError:
-        logger.warning("scores go into the card alone: .eval_results needs a newer huggingface_hub; update it")
-        return None
-    content = eval_result_entries_to_yaml([EvalResultEntry(**entry) for entry in entries])
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-
-
-def merged_metadata(theirs: ModelCardData, ours: ModelCardData) -> ModelCardData:
-    """The metadata of two cards of one model; where they contradict each other, ours."""
-    old, new = theirs.to_dict(), ours.to_dict()
-    if new.get("license"):  # these belong to it
-        old = {key: value for key, value in old.items() if key not in ("license_name", "license_link")}
-    lists = {key: [*dict.fromkeys([*_listed(old.get(key)), *_listed(new.get(key))])] for key in ("tags", "datasets")}
-    entries = old | new | lists
-    merged = ModelCardData(**{key: value for key, value in entries.items() if key != "model-index" and value})
-    results = ours.eval_results or []
-    kept = [one for one in theirs.eval_results or [] if not any(one.is_equal_except_value(other) for other in results)]
-    merged.eval_results, merged.model_name = [*kept, *results] or None, ours.model_name or theirs.model_name
-    return merged
-
-
-def scores_url(name: str) -> str:
-    """Where evaluation.json is to be seen: in a repository `owner/name`, or beside the card."""
-    return f"https://huggingface.co/{name}/blob/main/{EVALUATION_FILE}" if "/" in name else EVALUATION_FILE
-
-
-def _listed(value) -> list[str]:
-    """The texts in a card's entry, which strangers write as they like."""
-    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
-
-
 def _check_calibration(folder: Path, calibration: dict) -> None:
     """The configuration takes any dictionary; the card reads these."""
     names, choice = [calibration.get(key) or [] for key in ("data", "tokens")], calibration.get("choice", {})
@@ -468,28 +247,8 @@ def _check_calibration(folder: Path, calibration: dict) -> None:
         raise ShortVError(f"{folder}/config.json: calibration: choice holds settings, its strategy is a name")
 
 
-def _calibration_data(config) -> list[str]:
-    """Names of the data that the layers were found with; as published where they are the published ones."""
-    if config.calibration:
-        return _listed(config.calibration.get("data"))
-    return list(DATASETS) if _published(config) else []
-
-
-def _published(config) -> str | None:
-    """The published model whose layers these are, in their order."""
-    only_layers = not config.replaced_attention_layers and not config.replaced_ffn_layers
-    layers = tuple(config.replaced_layers)
-    return next((name for name, model in PUBLISHED.items() if only_layers and model.replaced_layers == layers), None)
-
-
-def _is_published_for(config, base_model) -> bool:
-    """Whether the paper's figures are this model's: its checkpoint, in either layout, with its layers."""
-    name = _published(config)
-    return name is not None and base_model in (PUBLISHED[name].original_id, PUBLISHED[name].hf_id)
-
-
 def _link(repo_id) -> str:
-    return " and ".join(f"[{one}](https://huggingface.co/{one})" for one in _listed(repo_id))
+    return " and ".join(f"[{one}](https://huggingface.co/{one})" for one in listed(repo_id))
 
 
 def _frozen(config) -> str:
@@ -608,14 +367,14 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
             f"Layers with a correction, rank {config.correction_rank}: {', '.join(map(str, config.corrected_layers))}. "
             "Corrections were fitted with all layers above frozen together; in a layer that is not replaced, one rests."
         )
-    published = _published(config)
+    published = published_model(config)
     if config.calibration:
         strategy = config.calibration.get("choice", {}).get("strategy", "lc")
         chosen_by = STRATEGIES.get(strategy, f"by the strategy {strategy}")
         parts.append(f"The layers were chosen on this checkpoint {chosen_by}. The settings of `shortv calibrate`:")
         parts.append(_settings(config.calibration))
     elif published:
-        same = _is_published_for(config, data.base_model)
+        same = is_published_for(config, data.base_model)
         parts.append(
             "The layers are those that the authors of ShortV publish for "
             f"{'this checkpoint' if same else f'{published}, not calibrated on this checkpoint'}, found by Layer "
@@ -649,7 +408,7 @@ def _scores(path: Path, config) -> dict[str, Sequence[float]]:
             scores = {name: [float(score) for score in each] for name, each in (found.get("scores") or {}).items()}
         if scores and all(len(each) == len(config.lc_scores) for each in scores.values()):  # else they are of blocks
             return scores
-    tokens = _listed((config.calibration or {}).get("tokens")) or ["visual"]
+    tokens = listed((config.calibration or {}).get("tokens")) or ["visual"]
     return {tokens[0]: config.lc_scores}
 
 
@@ -672,7 +431,7 @@ def _settings(calibration: dict) -> str:
     lines = []
     for key, value in (flat | calibration.get("choice", {})).items():
         if key == "data":
-            value = ", ".join(DATASETS.get(source, Path(source).name) for source in _listed(value))
+            value = ", ".join(DATASETS.get(source, Path(source).name) for source in listed(value))
         elif key in ("samples", "correction_samples") and isinstance(value, list):
             value = len(value)
         elif key == "direction":
@@ -696,8 +455,8 @@ def _cost(folder: Path, config, data: ModelCardData) -> str:
         f"The language model's prefill of {TEXT_TOKENS} text and {visual_tokens} visual tokens:",
         _table(header, rows),
     ]
-    if _is_published_for(config, data.base_model):
-        retention, speed_up = PAPER_FIGURES[_published(config)]
+    if is_published_for(config, data.base_model):
+        retention, speed_up = PAPER_FIGURES[published_model(config)]
         parts.append(
             f"For this checkpoint and these layers the [paper]({PAPER}) reports {retention} of the base model's "
             "scores, on average over MME, MMBench, MMMU, MMStar, SEED-Bench, GQA and Flickr30K, and a first token that "
@@ -759,7 +518,7 @@ def _evaluation(config, scores: Sequence[Score], data: ModelCardData) -> str:
             f"Measured by `shortv evaluate`{compared}; in brackets, where the figure lies with 95% confidence, by "
             "resampling the pictures. Accuracy and F1 are in percent. All figures: "
             f"[{EVALUATION_FILE}]({EVALUATION_FILE}).",
-            _table(header, [_scores_row(score)[: len(header)] for score in scores]),
+            _table(header, [scores_row(score)[: len(header)] for score in scores]),
         ]
     if others:
         rows = [
@@ -776,26 +535,9 @@ def _evaluation(config, scores: Sequence[Score], data: ModelCardData) -> str:
     return "\n\n".join(parts)
 
 
-def _scores_row(score: Score) -> list[str]:
-    def figure(form: str, value: float | None, interval: tuple[float, float] | None) -> str:
-        if value is None:
-            return ""
-        return f"{value:{form}}" + ("" if interval is None else " [{:{form}}, {:{form}}]".format(*interval, form=form))
-
-    data = f"[{score.data}](https://huggingface.co/datasets/{score.dataset})" if score.dataset else score.data
-    return [
-        data + (f" ({score.note})" if score.note else ""),
-        f"{score.questions:,}",
-        score.metric.replace("_", " "),
-        figure(".2f", score.score, score.interval),
-        figure(".2f", score.base_score, score.base_interval),
-        figure(".1f", score.percent_of_base, score.percent_interval),
-    ]
-
-
 def _terms(folder: Path, data: ModelCardData) -> str:
     base = _link(data.base_model) if data.base_model else "the base model"
-    told = {key: _listed(getattr(data, key)) for key in ("license", "license_name", "license_link")}
+    told = {key: listed(getattr(data, key)) for key in ("license", "license_name", "license_link")}
     licence = ", ".join(told["license_name"] or told["license"])
     if not licence:
         return f"## Licence\n\nThe weights come from {base} and stay under its terms, which are not recorded here."

@@ -1,4 +1,4 @@
-"""What ShortV does to the embedded checkpoint: `python -m shortv_llava.checkpoints.evaluate`.
+"""What ShortV does to the embedded checkpoint: `python -m shortv_llava.examples.shapes_llava.evaluate`.
 
 Layers and blocks are chosen on the embedded samples by every strategy, and frozen at 40, 60 and 80 percent of the
 layers (blocks: at the same FLOPs); divergence, agreement and accuracy are measured on questions never trained on.
@@ -19,10 +19,10 @@ from shortv_llava.calibrate.contribution import contributions, cosine_distance
 from shortv_llava.calibrate.cost import CostMeter
 from shortv_llava.calibrate.samples import Sample, draw, embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Units, number_of_layers
-from shortv_llava.checkpoints import CHECKPOINT, shapes
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
-from shortv_llava.prompts import CAPTION_PROMPT, make_prompt
+from shortv_llava.chat.prompts import CAPTION_PROMPT, make_prompt
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT, shapes
 
 BATCH = 50
 FRACTIONS = (0.4, 0.6, 0.8)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shortv_llava.errors import ShortVError, reason
-from shortv_llava.json_files import parse_json
+from shortv_llava.files.json_files import parse_json
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:

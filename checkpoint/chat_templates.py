@@ -4,7 +4,7 @@ Pictures come first in a message, each followed by a line break, then the text. 
 training, so that a whole conversation may be rendered for it.
 """
 
-from shortv_llava.prompts import CHAT_SYSTEM, TUNING_SYSTEM
+from shortv_llava.chat.prompts import CHAT_SYSTEM, TUNING_SYSTEM
 
 CONTENT = (
     "{%- macro content_of(content) -%}"

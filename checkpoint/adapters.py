@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from shortv_llava.checkpoint.source import fetch_part
+from shortv_llava.checkpoint.tensors import LowRankUpdate, PlannedTensor, check_dtypes, has_weights, plan_tensors
 from shortv_llava.errors import ShortVError
-from shortv_llava.json_files import read_json
-from shortv_llava.package import fetch_part
-from shortv_llava.tensors import LowRankUpdate, PlannedTensor, check_dtypes, has_weights, plan_tensors
+from shortv_llava.files.json_files import read_json
 
 # What PEFT, LLaVA and the versions of transformers put around a module's name; without these it is unique.
 WRAPPERS = {"base_model", "base_layer", "default", "language_model", "model", "modules_to_save", "vision_model"}

@@ -12,11 +12,11 @@ from shortv_llava.benchmarks.sizes import SHAPES
 from shortv_llava.calibrate.run import calibrate
 from shortv_llava.calibrate.samples import draw, embedded_samples
 from shortv_llava.calibrate.selection import Choice, number_of_layers
-from shortv_llava.checkpoints import CHECKPOINT
+from shortv_llava.chat.images import open_image
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio
-from shortv_llava.images import open_image
-from shortv_llava.package import load_model
-from shortv_llava.processors import load_processor
 
 NUM_QUESTIONS = 6
 

@@ -14,10 +14,10 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from shortv_llava.chat.images import open_image
+from shortv_llava.chat.prompts import chat_system
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
-from shortv_llava.images import open_image
-from shortv_llava.prompts import chat_system
 
 SHORTV, DENSE = "ShortV", "Dense model"
 

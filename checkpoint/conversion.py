@@ -27,13 +27,11 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from shortv_llava.adapters import base_folder, is_adapter, plain_name, with_adapter
-from shortv_llava.chat_templates import FORMATS, format_of
-from shortv_llava.errors import ShortVError, first_line
-from shortv_llava.json_files import read_json, write_json
-from shortv_llava.package import CARD_FILE, OTHER_PATTERNS, fetch_part
-from shortv_llava.processors import PROCESSOR_PATTERNS, copy_files
-from shortv_llava.tensors import (
+from shortv_llava.checkpoint.adapters import base_folder, is_adapter, plain_name, with_adapter
+from shortv_llava.checkpoint.chat_templates import FORMATS, format_of
+from shortv_llava.checkpoint.processors import PROCESSOR_PATTERNS, copy_files
+from shortv_llava.checkpoint.source import CARD_FILE, OTHER_PATTERNS, fetch_part
+from shortv_llava.checkpoint.tensors import (
     DTYPES,
     PlannedTensor,
     check_dtypes,
@@ -43,6 +41,8 @@ from shortv_llava.tensors import (
     weight_files,
     write_weights,
 )
+from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.files.json_files import read_json, write_json
 
 BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 ARCHITECTURES = {

@@ -1,0 +1,161 @@
+"""What a folder's model must pass before anything is copied or loaded: on the meta device, from headers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shortv_llava.checkpoint.config import class_of, config_object, read_config
+from shortv_llava.checkpoint.processors import process_probe
+from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.files.json_files import read_json
+
+LOADING_FAULTS = {  # as transformers reports them, and in words
+    "missing_keys": "{} missing keys in the weights",
+    "unexpected_keys": "{} unexpected keys in the weights",
+    "mismatched_keys": "its weights do not fit its config.json, {} by their shape",
+}
+
+
+def check_model(folder: Path, entries: dict, weights: bool = True):
+    """See, before anything is copied, that a checkpoint's model can be built and its weights fit it.
+
+    Args:
+        entries: of its config.json.
+        weights: whether to read them too; only their headers are.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
+    """
+    model = model_without_weights(folder, config_object(entries))
+    if weights:
+        _check_weights(folder)
+    return model
+
+
+def _check_weights(folder: Path) -> None:
+    """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
+    import torch
+
+    from shortv_llava.checkpoint.tensors import unpacked_shapes, weight_files
+
+    entries = read_config(folder)
+    quantisation = entries.pop("quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        raise ShortVError(f"{folder}/config.json: quantization_config must be an object")
+    config = config_object(entries)
+    by_bitsandbytes = quantisation.get("quant_method") == "bitsandbytes"
+    shapes = stored_shapes_of(folder)
+    if by_bitsandbytes:
+        shapes = unpacked_shapes(weight_files(folder), shapes)
+    # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
+    states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with quiet():
+        model, info = class_of(config.model_type).from_pretrained(
+            None,
+            config=config,
+            state_dict=states,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    info["mismatched_keys"] = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if quantisation and not by_bitsandbytes:
+        # Other libraries put parts of their own in place of a linear layer's weight, or beside it.
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        parts = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] in linear}
+        quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
+        info = {kind: set(info[kind]) - parts - quantised for kind in LOADING_FAULTS}
+    check_loading(folder, info)
+
+
+def stored_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors by name, from the headers of its files.
+
+    Raises:
+        ShortVError: if a file that loading reads is missing, damaged or holds something else.
+    """
+    from shortv_llava.checkpoint.tensors import stored_shapes, weight_files, weight_index
+
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    shapes = stored_shapes(weight_files(folder))
+    if index := weight_index(folder):  # transformers 4 believes what it names
+        missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
+        if missing:
+            raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
+    return shapes
+
+
+def check_loading(folder: Path, info: dict) -> None:
+    """Raises ShortVError if tensors are missing, left over or of another shape, as transformers reports it."""
+    for kind, fault in LOADING_FAULTS.items():
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise ShortVError(f"{folder}: {fault.format(len(info[kind]))}, such as {first}; get the files again")
+
+
+def model_without_weights(folder: Path, config):
+    """The model of a configuration, that of the checkpoint `folder`, on the meta device.
+
+    Raises:
+        ShortVError: if it is none that ShortV knows.
+    """
+    import torch
+
+    with quiet():
+        try:
+            with torch.device("meta"):
+                return class_of(config.model_type)(config).eval()
+        except Exception as error:  # configurations of other models fail in ways that differ by version
+            raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
+
+
+def check_pictures(folder: Path, model, processor) -> None:
+    """See that the model takes a picture as the processor gives it, and makes of it what the prompt has room for.
+
+    Args:
+        folder: the checkpoint, for the message.
+        model: on the meta device, so that nothing is computed but shapes.
+
+    Raises:
+        ShortVError: if it does not.
+    """
+    import torch
+
+    if model.config.vision_config.model_type == "pixtral":  # computes with values, which are not there
+        return
+    inputs = process_probe(processor)
+    num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    try:
+        with torch.no_grad():
+            found = model.get_image_features(**pictures | {"pixel_values": pictures["pixel_values"].to("meta")})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # differ by version
+        problem = f"the model does not take its pictures ({first_line(error)})"
+    else:
+        num_features = sum(len(picture.flatten(0, -2)) for picture in getattr(found, "pooler_output", found))
+        if num_features == num_tokens:
+            return
+        problem = f"the model makes {num_features} visual tokens of a picture for which the prompt has {num_tokens}"
+    raise ShortVError(
+        f"{folder}: its processor does not fit config.json: {problem}; put preprocessor_config.json right"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and reports of transformers' loading; what is wrong is said in one line."""
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity(reports.CRITICAL)
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars:
+            reports.enable_progress_bar()

@@ -1,0 +1,74 @@
+"""The config.json of LLaVA checkpoints and of packages."""
+
+import copy
+from pathlib import Path
+
+from shortv_llava.errors import ShortVError
+from shortv_llava.files.json_files import read_json
+
+STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
+MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
+# The configuration's lists, and what each freezes of a layer.
+LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
+OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
+CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a LLaVA checkpoint or package, as written there.
+
+    Raises:
+        ShortVError: if there is none, or it is another model's.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it")
+    config = read_json(path)
+    model_type = config.get("model_type")
+    supported = [*MODEL_TYPES, *MODEL_TYPES.values()]
+    if model_type not in supported:
+        known = ", ".join(supported)
+        raise ShortVError(f"{folder}: no LLaVA checkpoint (model_type {model_type!r}; supported: {known})")
+    return config
+
+
+def own_type(entries: dict) -> str:
+    """ShortV's model type for a config.json's entries, those of a plain LLaVA or of a package."""
+    return MODEL_TYPES.get(entries["model_type"], entries["model_type"])
+
+
+def class_of(model_type: str) -> type:
+    """The class of models of one of ShortV's types."""
+    from shortv_llava import MODEL_CLASSES
+
+    return next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
+
+
+def config_object(entries: dict):
+    """The ShortV configuration of a config.json's entries; those of a plain LLaVA have no frozen layers.
+
+    Raises:
+        ValueError: if the layers or scores do not fit the model.
+    """
+    from shortv_llava import CONFIG_CLASSES
+
+    model_type = own_type(entries)
+    config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
+    return config_class.from_dict(copy.deepcopy(entries | {"model_type": model_type}))  # reading changes them
+
+
+def package_config(base_config: dict, **settings) -> dict:
+    """The config.json of a package: the base's entries, kept as they are, and ShortV's.
+
+    Raises:
+        ValueError: if the layers or scores do not fit the model.
+    """
+    entries = base_config | settings
+    config = config_object(entries)
+    own = OWN_KEYS + CORRECTION if config.correction_rank else OWN_KEYS
+    return (
+        entries
+        | {"model_type": config.model_type}
+        | {key: getattr(config, key) for key in own}
+        | {"architectures": [config.auto_map["AutoModel"].split(".")[-1]]}
+    )

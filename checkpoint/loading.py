@@ -1,0 +1,103 @@
+"""Models as commands use them: loaded from a folder or the Hub, by one process or several."""
+
+import functools
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shortv_llava.checkpoint.checks import check_loading, stored_shapes_of
+from shortv_llava.checkpoint.config import LAYER_LISTS, MODEL_TYPES, class_of, own_type, package_config, read_config
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.checkpoint.published import parse_layers
+from shortv_llava.checkpoint.source import find_checkpoint
+from shortv_llava.errors import ShortVError
+from shortv_llava.processes import own_device
+
+LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
+
+
+def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = False, **kwargs):
+    """The ShortV model of a checkpoint or package folder; a plain LLaVA has no frozen layers.
+
+    Args:
+        load_in_4bit, load_in_8bit: quantise the language model through bitsandbytes, as the original code does.
+        kwargs: of `from_pretrained`, such as `dtype` and `device_map`.
+
+    Raises:
+        ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if load_in_4bit or load_in_8bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ShortVError("4-bit and 8-bit loading need bitsandbytes: pip install bitsandbytes")
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype="float16" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"],
+            llm_int8_skip_modules=[
+                "model.vision_tower",
+                "model.multi_modal_projector",
+                "lm_head",
+                "correction",
+                r".*\.correction",
+            ],
+        )
+    model_class = class_of(own_type(read_config(folder)))
+    stored_shapes_of(folder)
+    config = model_class.config_class.from_pretrained(folder)
+    model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    check_loading(folder, info)
+    return model.eval()
+
+
+@functools.cache
+def cache_name() -> str:
+    """The keyword argument by which models take a cache, `past_key_values` before transformers 5.24."""
+    from transformers import LlamaModel
+
+    return "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+class Loaded(NamedTuple):
+    """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
+
+    model: Any
+    processor: Any
+    package_layers: tuple[list[int], list[int], list[int]]
+
+
+def load(
+    base: str,
+    replaced_layers: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    image_aspect_ratio: str = "base",
+) -> Loaded:
+    """The model and processor of a folder or Hub id.
+
+    The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
+    checkpoint, those of the environment variable REPLACED_LAYERS, else none. Without a device map the model goes to
+    [`own_device`]. The processor is put right and perhaps pads, see [`write_processor`].
+
+    Raises:
+        ShortVError: if there is no such model, or no library to quantise it.
+        ValueError: if the layers do not fit it.
+    """
+    folder = find_checkpoint(base)
+    config = read_config(folder)
+    if replaced_layers is None and config["model_type"] not in MODEL_TYPES.values():
+        replaced_layers = os.environ.get(LAYERS_VARIABLE)
+    layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
+    if layers is not None:
+        package_config(config, replaced_layers=layers)  # checks them before the weights are read
+    processor = load_processor(folder, image_aspect_ratio=image_aspect_ratio)
+    model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
+    if layers is not None:
+        model.set_replaced_layers(layers)
+    return Loaded(model, processor, tuple(config.get(key, []) for key in LAYER_LISTS))

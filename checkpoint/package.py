@@ -1,0 +1,189 @@
+"""Package folders: what one holds, how it is made from a LLaVA checkpoint, and how it is loaded.
+
+Weights are linked or copied as they are, never loaded and saved again, so that their tensors keep the names that
+every engine knows. Only checkpoints in the original LLaVA layout are converted.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shortv_llava.checkpoint.checks import check_model, check_pictures, model_without_weights
+from shortv_llava.checkpoint.config import CORRECTION, MODEL_TYPES, config_object, package_config, read_config
+from shortv_llava.checkpoint.processors import copy_files, write_processor
+from shortv_llava.checkpoint.source import CARD_FILE, OTHER_PATTERNS, TERMS_PATTERNS, convert_checkpoint
+from shortv_llava.errors import ShortVError
+from shortv_llava.files.json_files import read_json, write_json
+from shortv_llava.files.outputs import check_folder, link_or_copy, replacing
+
+logger = logging.getLogger(__name__)
+
+CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
+EVALUATION_FILE = "evaluation.json"  # scores, for the card
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+CORRECTION_FILE = "correction.safetensors"  # what is fitted, beside the base's files
+SHARD = "model-00001-of-00001.safetensors"  # the base's single file's name beside an index, which it would hide
+# What a package was made with before goes where layers are given by hand: they are not what it tells of.
+BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
+BY_HAND |= {"corrections": {}}
+
+
+def check_output(output: Path, overwrite: bool, base: Path | None = None) -> None:
+    """Refuse, before any work, an output folder that must not or cannot be written, see [`check_folder`]."""
+    try:
+        is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
+    except (ShortVError, OSError):  # which is told below
+        is_package = False
+    check_folder(output, overwrite, is_package, base)
+
+
+def write_package(
+    base: Path,
+    output: Path,
+    overwrite: bool = False,
+    *,
+    weights: bool = True,
+    base_model: str | None = None,
+    license: str | None = None,
+    vision_tower: str | None = None,
+    base_weights: str | None = None,
+    chat_template: str | None = None,
+    image_aspect_ratio: str = "base",
+    corrections: dict[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
+    **settings,
+) -> None:
+    """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
+
+    Model and processor are tried before any weights are copied. What was put right is told as warnings.
+
+    Args:
+        base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
+        weights: whether the package holds them; if not, they are copied from the base when it is pushed.
+        base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
+        license: of the weights, for the model card, where the base does not tell.
+        vision_tower, base_weights: as for [`find_checkpoint`].
+        chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
+        corrections: tensors of fitted corrections, by name, in place of those that the base may have.
+        write_more: writes further files into the folder before it takes its place; the model card knows of them.
+
+    Raises:
+        ShortVError: if the base is no LLaVA checkpoint with weights, of safetensors for corrections, could not answer,
+            or the output must not be written.
+        ValueError: if the layers do not fit the model.
+        OSError: if writing fails; nothing is left then.
+    """
+    from shortv_llava.hub.card import write_card
+    from shortv_llava.hub.metadata import base_metadata
+
+    entries, card, model = _checked(base, output, overwrite, weights, corrections is not None, settings)
+    converted = model is None
+    with replacing(output) as staging:
+        if converted:
+            convert_checkpoint(base, staging, vision_tower, base_weights)
+            entries = package_config(read_config(staging), **settings)
+            model = model_without_weights(base, config_object(entries))
+        write_json(staging / "config.json", entries)
+        _put_processor(base, staging if converted else base, staging, model, chat_template, image_aspect_ratio)
+        copy_files(base, staging, TERMS_PATTERNS if converted else OTHER_PATTERNS)
+        if not converted:
+            _put_weights(base, staging, weights)
+        if corrections or (corrections is not None and (staging / CORRECTION_FILE).exists()):
+            put_corrections(staging, corrections)
+        copy_files(Path(__file__).parents[1], staging, CODE_FILES)
+        if write_more is not None:
+            write_more(staging)
+        write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))
+
+
+def _checked(
+    base: Path, output: Path, overwrite: bool, weights: bool, with_corrections: bool, settings: dict
+) -> tuple[dict | None, Any, Any]:
+    """What can be wrong with [`write_package`]'s arguments, told before any long work.
+
+    Returns:
+        The entries of config.json, None for a checkpoint that is to be converted; the card of the package that is
+        replaced; the model on the meta device, None as the first.
+    """
+    from shortv_llava.checkpoint.conversion import is_original, must_convert
+
+    original, entries = is_original(base), None
+    if must_convert(base) and not weights:
+        kind = "its layout is LLaVA's own" if original else "is an adapter"
+        raise ShortVError(f"{base}: {kind}, whose weights are converted; leave out --no-weights")
+    if original:  # only the layers can be checked
+        known = read_json(base / "config.json")
+        text_config = {key: known[key] for key in ("num_hidden_layers",) if key in known}
+        package_config({"model_type": "llava", "text_config": text_config}, **settings)
+    elif not must_convert(base):
+        known = read_config(base)
+        if with_corrections:
+            known = {key: value for key, value in known.items() if key not in CORRECTION}
+        entries = package_config(known, **settings)
+    check_output(output, overwrite, base)
+    card = _card_before(output)
+    return entries, card, None if entries is None else check_model(base, entries, weights)
+
+
+def _card_before(output: Path):
+    """The card of the package that is replaced, without its scores."""
+    from shortv_llava.hub.metadata import read_card
+
+    card = read_card(output / CARD_FILE)
+    if card and card.data.eval_results:
+        measured = ", ".join(dict.fromkeys(result.dataset_name for result in card.data.eval_results))
+        logger.warning(f"{output}: scores on {measured} are left out, the package before had them; evaluate again")
+        card.data.eval_results = card.data.model_name = None
+    return card
+
+
+def _put_processor(
+    base: Path, source: Path, target: Path, model, chat_template: str | None, image_aspect_ratio: str
+) -> None:
+    """Write the processor of `source` into `target` and try it with the model; tell what was put right in the base."""
+    processor, notes = write_processor(source, target, model.config, chat_template, image_aspect_ratio)
+    if processor is not None:
+        check_pictures(base, model, processor)
+    for note in notes:
+        logger.warning(f"{base}: {note}")
+
+
+def _put_weights(base: Path, target: Path, weights: bool) -> None:
+    """Link or copy the weights of a checkpoint, or where they come later their index alone."""
+    from shortv_llava.checkpoint.tensors import weight_files, weight_index
+
+    for path in weight_files(base) if weights else ():
+        link_or_copy(path, target / path.name)
+    if index := weight_index(base):
+        shutil.copyfile(index, target / index.name)
+
+
+def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
+    """Put tensors beside the weights of a folder, in a file of their own and in the index.
+
+    Raises:
+        ShortVError: if the weights are no safetensors.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        found = read_json(index)
+    elif single.is_file():
+        single.rename(folder / SHARD)
+        with safe_open(folder / SHARD, framework="pt") as file:
+            found = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), SHARD)}
+    else:
+        raise ShortVError(
+            "corrections go beside safetensors, and the base's weights are .bin files: convert those first"
+        )
+    (folder / CORRECTION_FILE).unlink(missing_ok=True)  # the base's
+    if tensors:
+        save_file(tensors, folder / CORRECTION_FILE, {"format": "pt"})
+    kept = {name: file for name, file in found["weight_map"].items() if file != CORRECTION_FILE}
+    found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)
+    found.get("metadata", {}).pop("total_size", None)  # the base's
+    write_json(index, found)

@@ -1,0 +1,1 @@
+"""Reading strangers' files and writing our own: whole or not at all."""

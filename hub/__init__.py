@@ -1,0 +1,1 @@
+"""Publishing: the push, the card, the Hub's errors in words."""
