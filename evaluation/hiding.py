@@ -2,7 +2,7 @@
 
 Here the tokens stay where they are, and masks hide them: nobody reads them from that layer on, in the prompt and in
 all that is generated after it. So answers are those of a model that drops them, to the rounding, for any batch,
-padding and number of pictures, on LLaVA and on ShortV alike. What dropping them saves, `benchmarks/dropping.py` shows.
+padding and number of pictures, on LLaVA and on ShortV alike. What dropping them saves, `evaluation/dropping.py` shows.
 Shapes: B rows of S tokens, K keys, h hidden size, d head size.
 """
 
