@@ -1,6 +1,7 @@
 """`shortv bench`: the options of each benchmark, checked before the libraries that measure are imported."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +9,9 @@ from typing import Annotated
 import typer
 
 from shortv_llava.benchmarks.sizes import SHAPES, check_layers_of, find_shape, scaled
-from shortv_llava.cli import loading
+from shortv_llava.commands import loading
 from shortv_llava.errors import ShortVError
-from shortv_llava.evaluation.methods import parse_methods
+from shortv_llava.evaluation.methods import Method, parse_methods
 from shortv_llava.evaluation.scoring import check_metric
 from shortv_llava.files.outputs import check_writable
 from shortv_llava.flops import TEXT_TOKENS
@@ -44,6 +45,15 @@ def _numbers(option: str, given: str, least: int) -> list[int]:
     if min(numbers) < least:
         raise ShortVError(f"{option} {given}: numbers start at {least}")
     return numbers
+
+
+def _check_prefill(
+    model: list[str] | None, numbers: Sequence[int], methods: Sequence[Method], cuda_graphs: bool
+) -> None:
+    # Which models are measured by default is known with torch alone; the deepest one takes what any does.
+    check_layers_of(model or [max(SHAPES, key=lambda name: SHAPES[name].num_layers)], numbers, methods)
+    if cuda_graphs and any(found.dropping for found in methods):
+        raise ShortVError("--cuda-graphs: which tokens a method drops is only known in the pass; leave one of both out")
 
 
 def _check_vllm() -> None:
@@ -109,10 +119,7 @@ def prefill(
     numbers = None if layers is None else _numbers("--layers", layers, 0)
     batches = _numbers("--batch", batch, 1)
     methods = [] if method is None else parse_methods(method)
-    # Which models are measured by default is known with torch alone; the deepest one takes what any does.
-    check_layers_of(model or [max(SHAPES, key=lambda name: SHAPES[name].num_layers)], numbers or (), methods)
-    if cuda_graphs and any(found.dropping for found in methods):
-        raise ShortVError("--cuda-graphs: which tokens a method drops is only known in the pass; leave one of both out")
+    _check_prefill(model, numbers or (), methods, cuda_graphs)
 
     with loading(LIBRARIES):
         from shortv_llava.benchmarks.prefill import run

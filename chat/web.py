@@ -20,6 +20,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 
 SHORTV, DENSE = "ShortV", "Dense model"
+Chats = dict[str, list[dict]]  # each side's conversation as chat templates take it, text last
 
 
 def replacement_order(config) -> list[int]:
@@ -69,6 +70,68 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
         inputs = {"input_ids": token, kept: output[kept]}
 
 
+class Sides:
+    """A conversation with the model as ShortV and, if asked for, as the dense one beside.
+
+    The model must not be used by others at the same time. Updates name the part of the page that they are for: `box`
+    and `conversations`, and for each side (`chat`, side) and (`figure`, side).
+
+    Args:
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, model, processor, max_new_tokens: int):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        config = model.config
+        self.order, self.number = replacement_order(config), len(config.replaced_layers)
+        self.attention, self.ffn = list(config.replaced_attention_layers), list(config.replaced_ffn_layers)
+
+    def set_layers(self, side: str, number: int) -> None:
+        replaced = self.order[:number]
+        blocks = ([layer for layer in layers if layer not in replaced] for layers in (self.attention, self.ffn))
+        self.model.set_replaced_layers(*((replaced, *blocks) if side == SHORTV else ()))
+
+    def ask(self, picture: str | None, question: str, number: int, compare: bool, chats: Chats) -> Iterator[dict]:
+        """Both answers, growing, or under them why there is none; nothing where nothing was asked."""
+        if not question.strip():
+            return
+        try:
+            yield from self.answer(picture, question.strip(), number, compare, chats)
+        except ShortVError as error:
+            message = str(error)
+            if picture is not None:  # the folder of an uploaded file is this machine's
+                message = message.replace(picture, Path(picture).name)
+            yield {("figure", SHORTV): message.replace("<", "\\<"), "box": question}  # Markdown would swallow it
+
+    def answer(self, file: str | None, question: str, number: int, compare: bool, chats: Chats) -> Iterator[dict]:
+        if self.processor.image_token in question:
+            raise ShortVError(f"Leave {self.processor.image_token} out of the question.")
+        picture, updates = None if file is None else open_image(Path(file)), {}
+        for side in (SHORTV, DENSE) if compare else (SHORTV,):
+            content = [{"type": "text", "text": question}]
+            if picture is not None and not chats[side]:
+                content.insert(0, {"type": "image", "image": picture})
+            messages = [*chats[side], {"role": "user", "content": content}]
+            self.set_layers(side, number)
+            updates |= {("chat", side): shown(messages), ("figure", side): "…"}
+            yield updates if side == DENSE else updates | {"box": ""}  # what is typed from now on is the next question
+            for text, seconds, ratio in generate(self.model, self.processor, messages, self.max_new_tokens):
+                answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+                figures = (
+                    f"First token after **{seconds:.3f} s** · **{ratio:.0%}** of the dense FLOPs · "
+                    f"{len(self.model.config.replaced_layers)} layers replaced"
+                )
+                updates |= {("chat", side): shown([*messages, answer]), ("figure", side): figures}
+                yield updates
+            chats = {**chats, side: [*messages, answer]}
+        yield updates | {"conversations": chats}
+
+
+def shown(messages: list[dict]) -> list[dict]:
+    """Messages as Gradio shows them: their text, which stands last."""
+    return [{**message, "content": message["content"][-1]["text"]} for message in messages]
+
+
 def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
     """The page for a model, which others must not use at the same time.
 
@@ -76,108 +139,68 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
         name: of the model, for the page's head.
         max_new_tokens: of an answer.
     """
-    config = model.config
-    num_layers, number_replaced = config.text_config.num_hidden_layers, len(config.replaced_layers)
-    order = replacement_order(config)
-    attention, ffn = list(config.replaced_attention_layers), list(config.replaced_ffn_layers)
-
-    def set_layers(side: str, number: int) -> None:
-        replaced = order[:number]
-        blocks = ([layer for layer in layers if layer not in replaced] for layers in (attention, ffn))
-        model.set_replaced_layers(*((replaced, *blocks) if side == SHORTV else ()))
-
-    def ask(picture: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
-        """Both answers, growing, or under them why there is none; nothing where nothing was asked."""
-        if not question.strip():
-            yield gr.skip()  # without a yield Gradio would empty all that the page shows
-            return
-        try:
-            yield from answers(picture, question.strip(), number, compare, chats)
-        except ShortVError as error:
-            message = str(error)
-            if picture is not None:  # the folder of an uploaded file is this machine's
-                message = message.replace(picture, Path(picture).name)
-            yield {figure[SHORTV]: message.replace("<", "\\<"), box: question}  # Markdown would swallow it
-
-    def answers(file: str | None, question: str, number: int, compare: bool, chats: dict[str, list[dict]]):
-        """`chats` holds each side's conversation as chat templates take it, text last."""
-        if processor.image_token in question:
-            raise ShortVError(f"Leave {processor.image_token} out of the question.")
-        picture, updates = None if file is None else open_image(Path(file)), {}
-        for side in (SHORTV, DENSE) if compare else (SHORTV,):
-            content = [{"type": "text", "text": question}]
-            if picture is not None and not chats[side]:
-                content.insert(0, {"type": "image", "image": picture})
-            messages = [*chats[side], {"role": "user", "content": content}]
-            set_layers(side, number)
-            updates |= {chat[side]: shown(messages), figure[side]: "…"}
-            yield updates if side == DENSE else updates | {box: ""}  # what is typed from now on is the next question
-            for text, seconds, ratio in generate(model, processor, messages, max_new_tokens):
-                answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-                figures = (
-                    f"First token after **{seconds:.3f} s** · **{ratio:.0%}** of the dense FLOPs · "
-                    f"{len(config.replaced_layers)} layers replaced"
-                )
-                updates |= {chat[side]: shown([*messages, answer]), figure[side]: figures}
-                yield updates
-            chats = {**chats, side: [*messages, answer]}
-        yield updates | {conversations: chats}
-
-    def shown(messages: list[dict]) -> list[dict]:
-        return [{**message, "content": message["content"][-1]["text"]} for message in messages]
-
-    def start_anew() -> list:
-        return [{SHORTV: [], DENSE: []}, [], [], "", ""]
-
+    sides, num_layers = Sides(model, processor, max_new_tokens), model.config.text_config.num_hidden_layers
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         gr.Markdown(
             f"# {name}\n[ShortV](https://arxiv.org/abs/2504.00502) freezes the picture's tokens in some of the model's "
             f"{num_layers} layers. No weight differs from the dense model's."
         )
-        conversations = gr.State({SHORTV: [], DENSE: []})
-        chat, figure = {}, {}
+        parts = {"conversations": gr.State({SHORTV: [], DENSE: []})}
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280)
                 picture.preprocess = lambda payload: payload and payload.path  # Gradio's own fails on broken files
-                number = gr.Slider(
-                    0,
-                    max(1, len(order)),
-                    number_replaced,
-                    step=1,
-                    label=f"Layers replaced, of {num_layers}",
-                    visible=bool(order),
-                )
+                label, most = f"Layers replaced, of {num_layers}", len(sides.order)
+                number = gr.Slider(0, max(1, most), sides.number, step=1, label=label, visible=most > 0)
                 compare = gr.Checkbox(True, label="Ask the dense model too")
                 anew = gr.Button("New conversation")
             with gr.Column(scale=3):
                 with gr.Row():
                     for side in (SHORTV, DENSE):
                         with gr.Column(min_width=260):
-                            chat[side] = gr.Chatbot(label=side, height=440, buttons=[])
-                            figure[side] = gr.Markdown()
+                            parts["chat", side] = gr.Chatbot(label=side, height=440, buttons=[])
+                            parts["figure", side] = gr.Markdown()
                 with gr.Row():
-                    box = gr.Textbox(placeholder="Ask about the picture", show_label=False, scale=5)
+                    parts["box"] = gr.Textbox(placeholder="Ask about the picture", show_label=False, scale=5)
                     button = gr.Button("Ask", variant="primary", scale=1, min_width=80)
-        asking = gr.on(
-            [box.submit, button.click],
-            ask,
-            [picture, box, number, compare, conversations],
-            [conversations, box, *chat.values(), *figure.values()],
-            concurrency_limit=1,
-            show_progress="hidden",  # else it covers what is read
-        )
-        # Both sides must have seen the same turns.
-        gr.on(
-            [anew.click, picture.change, compare.change, *(shown.clear for shown in chat.values())],
-            start_anew,
-            None,
-            [conversations, *chat.values(), *figure.values()],
-            api_name="start_anew",
-            cancels=asking,
-            show_progress="hidden",
-        )
+        connect(sides, parts, picture, number, compare, button, anew)
     return page
+
+
+def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -> None:
+    """What happens on the page, by its `parts`, which updates name, and its other components."""
+
+    def ask(*asked):
+        nothing = True
+        for updates in sides.ask(*asked):
+            nothing = False
+            yield {parts[name]: value for name, value in updates.items()}
+        if nothing:
+            yield gr.skip()  # without a yield Gradio would empty all that the page shows
+
+    def start_anew() -> dict:
+        empty = {parts[name]: "" if name[0] == "figure" else [] for name in parts if name != "box"}
+        return empty | {parts["conversations"]: {SHORTV: [], DENSE: []}}
+
+    box, chats = parts["box"], [parts["chat", side] for side in (SHORTV, DENSE)]
+    asking = gr.on(
+        [box.submit, button.click],
+        ask,
+        [picture, box, number, compare, parts["conversations"]],
+        list(parts.values()),
+        concurrency_limit=1,
+        show_progress="hidden",  # else it covers what is read
+    )
+    # Both sides must have seen the same turns.
+    gr.on(
+        [anew.click, picture.change, compare.change, *(chat.clear for chat in chats)],
+        start_anew,
+        None,
+        [part for part in parts.values() if part is not box],
+        api_name="start_anew",
+        cancels=asking,
+        show_progress="hidden",
+    )
 
 
 def show(model, processor, name: str, max_new_tokens: int = 512) -> None:

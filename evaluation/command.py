@@ -2,183 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from shortv_llava.checkpoint.config import config_object, read_config
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.checkpoint.processors import pads
-from shortv_llava.checkpoint.published import parse_layers
-from shortv_llava.checkpoint.source import check_name
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
+from shortv_llava.evaluation.options import EvaluationOptions
 from shortv_llava.evaluation.questions import Question, read_questions
-from shortv_llava.evaluation.scoring import check_metric, check_references, headline_name, of_subset
+from shortv_llava.evaluation.scoring import check_references, headline_name, of_subset
 from shortv_llava.evaluation.tasks import TASKS, Task
-from shortv_llava.files.outputs import check_writable, only_one
+from shortv_llava.files.outputs import only_one
 from shortv_llava.hub.card import record_score, text_hint
-from shortv_llava.hub.scores import read_scores
 
 MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is asked of `shortv evaluate`, named as its options.
-
-    One of `task`, `questions` and `lmms_tasks` says on what the model is evaluated.
-
-    Args:
-        model: folder or Hub id.
-        output: folder for answers and results.
-        task, data: a task of TASKS, and the folder of its data.
-        questions, images, metric: a file of questions, the folder of their pictures, and what scores the answers.
-        lmms_tasks, include_path, limit: names of lmms-eval's tasks, separated by commas, a folder with others like
-            them, and how many samples of each are asked.
-        compare, sweep, method: the variants of the model beside it; a sweep names numbers of layers, methods are for
-            [`parse_methods`], both separated by commas.
-        card: package folder whose card shall tell the scores.
-        replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit, image_aspect_ratio: of [`load`].
-        batch_size, max_new_tokens, shared_prefix, temperature, top_p, seed: of [`Answerer`].
-    """
-
-    model: str
-    output: Path
-    task: str | None = None
-    data: Path | None = None
-    questions: Path | None = None
-    images: Path | None = None
-    metric: str | None = None
-    lmms_tasks: str | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    compare: bool = False
-    sweep: str | None = None
-    method: str | None = None
-    card: Path | None = None
-    replaced_layers: str | None = None
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    shared_prefix: bool = True
-    image_aspect_ratio: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-
-    def check(self) -> None:
-        """Raises [`ShortVError`] if the options contradict one another or the disk, or there is no such task."""
-        check_name(self.model)
-        if self.replaced_layers is not None:
-            parse_layers(self.replaced_layers, self.model)
-        self._check_data()
-        self._check_variants()
-        if self.card is not None:
-            self._check_card()
-        check_writable(self.output)
-        if self.lmms_tasks is not None:
-            self._check_lmms_tasks()
-
-    def _check_data(self) -> None:
-        if (self.task, self.questions, self.lmms_tasks).count(None) != 2:
-            raise ShortVError(
-                "give one of --task NAME, --lmms-tasks NAMES, or --questions FILE.jsonl and its pictures' folder, "
-                "--images DIR"
-            )
-        if self.task is not None and self.task not in TASKS:
-            raise ShortVError(f"there is no task {self.task!r}; there are {', '.join(sorted(TASKS))}")
-        for name, value, partner, given in (
-            ("--data", self.data, "--task", self.task),
-            ("--images", self.images, "--questions", self.questions),
-            ("--metric", self.metric, "--questions", self.questions),
-            ("--include-path", self.include_path, "--lmms-tasks", self.lmms_tasks),
-            ("--limit", self.limit, "--lmms-tasks", self.lmms_tasks),
-        ):
-            if value is not None and given is None:
-                raise ShortVError(f"{name} goes with {partner}")
-        if self.metric is not None:
-            check_metric(self.metric)
-        for path in (self.data, self.images, self.include_path):
-            if path is not None and not path.is_dir():
-                raise ShortVError(f"{path}: no such folder")
-        if self.questions is not None and not self.questions.is_file():
-            raise ShortVError(f"{self.questions}: no such file")
-
-    def _check_variants(self) -> None:
-        if self.sweep is not None:
-            self.numbers()
-        if self.compare and self.sweep is not None:
-            raise ShortVError("--compare and --sweep: give one; a sweep compares with the dense model too")
-        if self.method is not None:
-            parse_methods(self.method)
-            if self.sweep is not None:
-                raise ShortVError("--method and --sweep: give one; --method takes several, separated by commas")
-
-    def _check_card(self) -> None:
-        read_config(self.card)
-        read_scores(self.card)
-        if self.limit is not None:
-            raise ShortVError("--card tells scores of whole tasks: leave out --limit")
-        has_score = self.lmms_tasks or (TASKS[self.task].metric if self.task else self.metric)
-        if not has_score or self.sweep is not None or self.method is not None:
-            raise ShortVError(
-                "--card tells a score of the package: it needs a metric, and takes no --sweep or --method"
-            )
-
-    def _check_lmms_tasks(self) -> None:
-        for name, given in (
-            ("--sweep", self.sweep is not None),
-            ("--method", self.method is not None),
-            ("--max-new-tokens", self.max_new_tokens is not None),
-            ("--temperature", self.temperature != 0),
-            ("--top-p", self.top_p != 1),
-        ):
-            if given:
-                why = "its tasks say how to answer" if name not in ("--sweep", "--method") else "it takes --compare"
-                raise ShortVError(f"--lmms-tasks and {name}: leave one out; {why}")
-        names = self.lmms_names()
-        if not all(names) or len(set(names)) < len(names):
-            raise ShortVError(f"--lmms-tasks takes names of tasks, each once, not {self.lmms_tasks!r}")
-        if find_spec("lmms_eval") is None:
-            raise ShortVError("--lmms-tasks needs lmms-eval: pip install lmms_eval==0.7.3 'filelock<4.3'")
-        from shortv_llava.evaluation.lmms_tasks import check_tasks
-
-        check_tasks(names, self.include_path)
-
-    def numbers(self) -> list[int]:
-        """Of layers, of the sweep; none without one."""
-        if self.sweep is None:
-            return []
-        try:
-            numbers = [int(number) for number in self.sweep.split(",")]
-        except ValueError:
-            numbers = [-1]
-        if min(numbers) < 0:
-            raise ShortVError(f"--sweep takes numbers of layers, as 8,16,24, not {self.sweep!r}")
-        return numbers
-
-    def lmms_names(self) -> list[str]:
-        """Of lmms-eval's tasks."""
-        return [name.strip() for name in self.lmms_tasks.split(",")]
-
-    def loading(self, image_aspect_ratio: str = "pad") -> dict:
-        """The arguments of [`load`] beside the model; `image_aspect_ratio` where none is asked for."""
-        names = ("replaced_layers", "dtype", "device_map", "load_in_4bit", "load_in_8bit")
-        given = {name: getattr(self, name) for name in names}
-        return given | {"image_aspect_ratio": self.image_aspect_ratio or image_aspect_ratio}
-
-    def model_id(self) -> str:
-        """What results call the model: a folder's name, or the Hub id."""
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
-
-    def loaded_in(self) -> str | None:
-        """How the weights were quantised on loading, in words."""
-        return next((f"loaded in {bits} bit" for bits in (4, 8) if getattr(self, f"load_in_{bits}bit")), None)
 
 
 def run(options: EvaluationOptions) -> None:

@@ -151,28 +151,48 @@ def push(
     changes = [_change(operation, remote, source) for operation in operations]
     if dry_run:
         return Pushed(changes, None)
-    with hub_errors(repo_id):
-        if remote.commit is None:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-        if not create_pr and not remote.has_revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit, url = remote.commit, None
-    if operations:
-        frozen = len(config["replaced_layers"])
-        settings = {
-            "commit_message": message or f"ShortV package, {frozen} layer{'s' * (frozen != 1)} replaced",
-            "revision": revision,
-            "create_pr": create_pr,
-            "parent_commit": remote.commit,  # the commit fails if another one came between
-        }
-        info = _commit(api, repo_id, operations, source, settings)
-        _check_arrived(api, repo_id, info.pr_revision if create_pr else info.oid, operations, source)
-        commit, url = info.oid, info.pr_url if create_pr else info.commit_url
+    _make_place(api, repo_id, remote, private, None if create_pr else revision)
+    frozen = len(config["replaced_layers"])
+    message = message or f"ShortV package, {frozen} layer{'s' * (frozen != 1)} replaced"
+    commit, url = _carry_out(api, repo_id, operations, source, remote.commit, message, revision, create_pr)
     with hub_errors(repo_id):
         if tag and tag not in remote.tags:
             api.create_tag(repo_id, tag=tag, revision=commit)
     _put_into_collection(api, slug, repo_id, "model")
     return Pushed(changes, url)
+
+
+def _carry_out(
+    api: HfApi,
+    repo_id: str,
+    operations: list,
+    source: Source | None,
+    parent: str | None,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> tuple[str | None, str | None]:
+    """Make the commit, if there is anything to change, and see that it arrived: its id, and its address."""
+    if not operations:
+        return parent, None
+    settings = {
+        "commit_message": message,
+        "revision": revision,
+        "create_pr": create_pr,
+        "parent_commit": parent,  # the commit fails if another one came between
+    }
+    info = _commit(api, repo_id, operations, source, settings)
+    _check_arrived(api, repo_id, info.pr_revision if create_pr else info.oid, operations, source)
+    return info.oid, info.pr_url if create_pr else info.commit_url
+
+
+def _make_place(api: HfApi, repo_id: str, remote: Remote, private: bool, revision: str | None) -> None:
+    """Make the repository, and the branch to commit to, where there is none."""
+    with hub_errors(repo_id):
+        if remote.commit is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision and not remote.has_revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
 def check_options(

@@ -12,7 +12,7 @@ from command import shortv_here
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from shortv_llava import cli
+from shortv_llava import commands
 from shortv_llava.benchmarks.command import app as benchmarks
 from shortv_llava.calibrate.samples import embedded_samples
 from shortv_llava.checkpoint.published import PUBLISHED
@@ -316,7 +316,7 @@ for case in json.load(sys.stdin):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_person_at_the_terminal_sees_at_once_what_is_loaded(monkeypatch, capsys, terminal):
     monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
-    with cli.loading("my-model"):
+    with commands.loading("my-model"):
         assert ("loading my-model" in capsys.readouterr().err) == terminal
     assert capsys.readouterr().out == ""
 

@@ -1,0 +1,82 @@
+"""`shortv package`: from options to a package."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from shortv_llava.commands import (
+    AspectRatio,
+    BaseModel,
+    BaseWeights,
+    ChatTemplate,
+    License,
+    Output,
+    Overwrite,
+    VisionTower,
+)
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """The options of `shortv package`."""
+
+    base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")]
+    output: Output
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers to replace: ids from 0, as `31,29,30`, `published` (the paper's for this model), "
+            "`published:NAME` (for another) or `none`."
+        ),
+    ] = "published"
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="Leave the weights out, to publish with `shortv push --weights-from`.")
+    ] = False
+    base_model: BaseModel = None
+    license: License = None
+    vision_tower: VisionTower = None
+    base_weights: BaseWeights = None
+    chat_template: ChatTemplate = None
+    image_aspect_ratio: Annotated[
+        AspectRatio,
+        typer.Option(help="`pad`: the package pads pictures to squares as LLaVA-1.5; `base`: it does as its base."),
+    ] = "base"
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        """Raises [`ShortVError`] for what can be told before anything is fetched or loaded."""
+        from shortv_llava.checkpoint.package import check_output
+        from shortv_llava.checkpoint.processors import read_template
+        from shortv_llava.checkpoint.published import parse_layers
+        from shortv_llava.checkpoint.source import check_name
+
+        parse_layers(self.layers, self.base)
+        if self.chat_template is not None:
+            read_template(self.chat_template)
+        check_name(self.base)
+        check_output(self.output, self.overwrite)
+
+
+def run(options: PackageOptions) -> None:
+    """Make the package, and say so."""
+    from shortv_llava.checkpoint.package import BY_HAND, write_package
+    from shortv_llava.checkpoint.published import parse_layers
+    from shortv_llava.checkpoint.source import fetch_checkpoint
+
+    weights, layers = not options.no_weights, parse_layers(options.layers, options.base)
+    write_package(
+        fetch_checkpoint(options.base, weights),
+        options.output,
+        options.overwrite,
+        weights=weights,
+        base_model=options.base_model,
+        license=options.license,
+        vision_tower=options.vision_tower,
+        base_weights=options.base_weights,
+        chat_template=options.chat_template,
+        image_aspect_ratio=options.image_aspect_ratio,
+        replaced_layers=layers,
+        **BY_HAND,
+    )
+    typer.echo(f"wrote {options.output}: {len(layers)} layer{'s' * (len(layers) != 1)} replaced {layers}")
