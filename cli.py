@@ -247,7 +247,7 @@ def main(*command: str) -> None:
         if end.code == 128 + signal.SIGINT:  # how Typer takes Ctrl-C, without a word
             _stop(signal.SIGINT, arguments)
         raise
-    except Exception as error:
+    except Exception as error:  # what nothing below has put into words
         if verbose:
             raise
         sys.exit(_fail(str(error).strip() or type(error).__name__))

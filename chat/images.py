@@ -5,13 +5,14 @@ import queue
 import threading
 import urllib.request
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import URLError
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shortv_llava.errors import ShortVError, reason
+from shortv_llava.errors import ShortVError, one_line, reason
 
 MAX_PIXELS = 80_000_000
 MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
@@ -55,22 +56,19 @@ def check_sides(image: Image.Image, source: str) -> None:
 
 
 def _decode(file: BinaryIO, source: str) -> Image.Image:
+    passing = Image.DecompressionBombError, UnidentifiedImageError
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), one_line(lambda error: f"{source}: is a broken image ({error})", *passing):
             warnings.simplefilter("ignore")  # Pillow's own pixel limits warn first, and broken metadata does
             with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ShortVError(f"{source}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
                 check_sides(image, source)
                 return _to_rgb(ImageOps.exif_transpose(image))
-    except ShortVError:
-        raise
     except Image.DecompressionBombError:
         raise ShortVError(f"{source}: has more than {MAX_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
         raise ShortVError(f"{source}: is no image of a known format") from None
-    except Exception as error:  # decoders raise every kind on broken files
-        raise ShortVError(f"{source}: is a broken image ({error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -93,7 +91,7 @@ def _download(url: str) -> bytes:
     def work():
         try:
             outcome.put(_fetch(url))
-        except Exception as error:
+        except (ShortVError, OSError, HTTPException, ValueError) as error:
             outcome.put(error)
 
     threading.Thread(target=work, daemon=True).start()

@@ -81,7 +81,7 @@ class Terminal:
                 if not self.interactive:
                     raise ShortVError("interrupted") from None
                 note("\n(stopped)")
-            except Exception as error:
+            except (ShortVError, OSError, RuntimeError, ValueError) as error:
                 if not self.interactive:
                     raise
                 note(f"error: {' '.join(str(error).split()) or type(error).__name__}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shortv_llava.checkpoint.config import class_of, config_object, read_config
 from shortv_llava.checkpoint.processors import process_probe
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json
 
 LOADING_FAULTS = {  # as transformers reports them, and in words
@@ -105,12 +105,9 @@ def model_without_weights(folder: Path, config):
     """
     import torch
 
-    with quiet():
-        try:
-            with torch.device("meta"):
-                return class_of(config.model_type)(config).eval()
-        except Exception as error:  # configurations of other models fail in ways that differ by version
-            raise ShortVError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from error
+    with quiet(), one_line(lambda error: f"{folder}: no model can be made of its config.json ({first_line(error)})"):
+        with torch.device("meta"):
+            return class_of(config.model_type)(config).eval()
 
 
 def check_pictures(folder: Path, model, processor) -> None:

@@ -41,7 +41,7 @@ from shortv_llava.checkpoint.tensors import (
     weight_files,
     write_weights,
 )
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json, write_json
 
 BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -279,14 +279,11 @@ def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_i
 
 def expected_shapes(source: Path, text_config: dict, vision_config: dict, family: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor the output must have, before the vocabulary grows: from models without storage."""
-    try:
+    with one_line(lambda error: f"{source}: its config.json or the vision tower's fits no model ({first_line(error)})"):
         with torch.device("meta"):
             language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_config)).state_dict()
             config_class, model_class = TOWERS[vision_config["model_type"]]
             vision = model_class(config_class(**vision_config)).state_dict()
-    except Exception as error:  # a nonsensical number fails in ways that differ by version
-        reason = first_line(error)
-        raise ShortVError(f"{source}: its config.json or the vision tower's fits no model ({reason})") from error
     hidden, vision_hidden = text_config["hidden_size"], vision_config["hidden_size"]
     return {
         **{f"language_model.{name}": tuple(tensor.shape) for name, tensor in language.items()},
@@ -495,7 +492,8 @@ def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, 
 
     # AutoTokenizer would rebuild a tokenizer.json by its class, each version of transformers in its own way.
     ready = (source / "tokenizer.json").is_file()
-    try:
+    hint = "get tokenizer.json again" if ready else "try pip install sentencepiece protobuf"
+    with one_line(lambda error: f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}"):
         if ready:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         else:
@@ -503,9 +501,6 @@ def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, 
             backbone = AutoConfig.for_model(text_config["model_type"])
             tokenizer = AutoTokenizer.from_pretrained(source, config=backbone, legacy=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
-    except Exception as error:  # broken files and missing libraries fail in ways that differ by version
-        hint = "get tokenizer.json again" if ready else "try pip install sentencepiece protobuf"
-        raise ShortVError(f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}") from error
     added = [AddedToken(token, special=True, normalized=False) for token in visual]
     tokenizer.add_tokens(added, special_tokens=True)
     if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from shortv_llava.chat.prompts import make_prompt, process
 from shortv_llava.checkpoint.chat_templates import FORMATS, format_of
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def problem_of(processor) -> str | None:
         return "there is none"
     try:
         prompt = make_prompt(processor, PROBE)
-    except Exception as error:  # a template is a program
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"it fails ({first_line(error)})"
     if (number := prompt.count(processor.image_token)) != 1:
         return f"it gives {number} image tokens for one picture"
@@ -227,17 +228,18 @@ def _load(folder: Path, source: Path):
 
     for config_class in CONFIG_CLASSES:  # else a package's own code would be asked for
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+    def why(error: Exception) -> str:
+        reason = first_line(error).replace(str(folder), str(source)).split(". ")[0]
+        return f"{source}: its processor cannot be loaded ({reason}); copy the files of the base model there"
+
     try:
-        return AutoProcessor.from_pretrained(folder)
-    except ImportError:
-        raise
-    except Exception as error:  # broken files fail in ways that differ by version
+        with one_line(why, ImportError):
+            return AutoProcessor.from_pretrained(folder)
+    except ShortVError as error:
         if (folder / "video_preprocessor_config.json").is_file() and not is_torchvision_available():
             raise ImportError("it needs torchvision: pip install torchvision") from error  # so only said by some
-        reason = first_line(error).replace(str(folder), str(source)).split(". ")[0]
-        raise ShortVError(
-            f"{source}: its processor cannot be loaded ({reason}); copy the files of the base model there"
-        ) from error
+        raise
 
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:

@@ -11,7 +11,7 @@ from shortv_llava.checkpoint.processors import (
     PROCESSOR_PATTERNS,
     copy_files,
 )
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, one_line
 from shortv_llava.hub.errors import hub_reason
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
 
     others = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *PROCESSOR_PATTERNS]
-    try:
+    with one_line(lambda error: f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}"):
         folder = download(revision, others)
         for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
             with suppress(EntryNotFoundError):
@@ -102,10 +102,6 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
             if weights:
                 download(folder.name, [*ADAPTER_PATTERNS])
         return folder
-    except ShortVError:
-        raise
-    except Exception as error:  # the client's errors differ by version and transport
-        raise ShortVError(f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}") from error
 
 
 def fetch_part(checkpoint: Path, part: Path | str | None, what: str, hint: str, weights: bool = True) -> Path:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from shortv_llava.chat.images import check_sides, open_image
-from shortv_llava.errors import ShortVError, reason
+from shortv_llava.errors import ShortVError, one_line, reason
 from shortv_llava.files.json_lines import read_jsonl
 
 
@@ -45,10 +45,8 @@ def open_images(question: Question) -> list[Image.Image]:
         if isinstance(image, Path):
             pictures.append(open_image(image))
             continue
-        try:
+        with one_line(lambda error: f"question {question.id!r}: its picture cannot be read ({error})"):
             pictures.append((image if isinstance(image, Image.Image) else image()).convert("RGB"))
-        except Exception as error:  # decoders raise every kind on broken pictures
-            raise ShortVError(f"question {question.id!r}: its picture cannot be read ({error})") from error
         check_sides(pictures[-1], f"question {question.id!r}, its picture")
     return pictures
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, constants
 from PIL import Image
 
-from shortv_llava.errors import ShortVError, first_line, reason
+from shortv_llava.errors import ShortVError, first_line, one_line, reason
 from shortv_llava.evaluation.questions import Question, image_file
 from shortv_llava.files.json_lines import read_jsonl
 from shortv_llava.hub.errors import hub_reason
@@ -95,12 +95,11 @@ def load_table(table: Table, **options):
     places, problems = _places(table.repository), []
     for place in places:
         try:
-            _reach(place)
-            return load_dataset(place, table.name, split=table.split, **options)
+            with one_line(_out_of_reach):
+                _reach(place)
+                return load_dataset(place, table.name, split=table.split, **options)
         except ShortVError as error:
             problems.append(error)
-        except Exception as error:  # of many libraries below: network, formats, missing splits
-            problems.append(_out_of_reach(error))
     raise ShortVError(f"{', formerly '.join(places)}: {problems[0]}") from problems[0]
 
 
@@ -120,12 +119,9 @@ def _reach(repository: str) -> None:
     """
     if constants.HF_HUB_OFFLINE or Path(repository).exists():
         return
-    try:
+    hint = "or set HF_HUB_OFFLINE=1 if it was downloaded before"
+    with one_line(lambda error: f"cannot be read: {hub_reason(error)}, {hint}"):
         HfApi().dataset_info(repository, timeout=REACH_SECONDS)
-    except Exception as error:  # the client's errors differ by version and transport
-        raise ShortVError(
-            f"cannot be read: {hub_reason(error)}, or set HF_HUB_OFFLINE=1 if it was downloaded before"
-        ) from error
 
 
 def stream(table: Table, shuffle_seed: int | None = None, take: int | None = None, **options) -> Iterator[dict]:
@@ -140,12 +136,10 @@ def stream(table: Table, shuffle_seed: int | None = None, take: int | None = Non
         ShortVError: if the datasets library is missing or the table cannot be had.
     """
     rows = load_table(table, streaming=True, **options)
-    try:
+    with one_line(lambda error: f"{table.repository}: {_out_of_reach(error)}"):  # the download happens here
         if shuffle_seed is not None:
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
         yield from rows if take is None else rows.take(take)
-    except Exception as error:  # the download happens here
-        raise ShortVError(f"{table.repository}: {_out_of_reach(error)}") from error
 
 
 def column(table: Table, name: str) -> list:
@@ -157,9 +151,8 @@ def column(table: Table, name: str) -> list:
     return [row[name] for row in stream(table, columns=[name])]
 
 
-def _out_of_reach(error: Exception) -> ShortVError:
-    why = first_line(error)
-    return ShortVError(f"cannot be read ({why}); check the connection, or give data on this disk with --data")
+def _out_of_reach(error: Exception) -> str:
+    return f"cannot be read ({first_line(error)}); check the connection, or give data on this disk with --data"
 
 
 def _picture(pictures, place: int) -> Image.Image:

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, one_line
 
 
 def hub_reason(error: BaseException) -> str:
@@ -65,10 +65,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        yield
-    except ShortVError:
-        raise
+        with one_line(lambda error: f"{repo_id}: {hub_reason(error)}", HFValidationError):
+            yield
     except HFValidationError as error:
         raise ShortVError(f"{repo_id}: no id of a repository ({first_line(error)})") from error
-    except Exception as error:  # the client's errors differ by version and transport
-        raise ShortVError(f"{repo_id}: {hub_reason(error)}") from error

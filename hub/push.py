@@ -37,7 +37,7 @@ from shortv_llava.checkpoint.config import MODEL_TYPES, OWN_KEYS, package_config
 from shortv_llava.checkpoint.package import CODE_FILES, CORRECTION_FILE, EVALUATION_FILE, SHARD, WEIGHT_PATTERNS
 from shortv_llava.checkpoint.processors import files_like, outdated_files
 from shortv_llava.checkpoint.source import CARD_FILE, INDEX_PATTERNS, split_revision
-from shortv_llava.errors import ShortVError, first_line
+from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.hub.card import is_edited, make_card, warn_of_missing
 from shortv_llava.hub.errors import hub_errors
 from shortv_llava.hub.metadata import merged_metadata, read_card
@@ -294,10 +294,8 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
         ShortVError: if it is no package, or something in it is missing, damaged or does not fit.
     """
     config = _package_config(folder)
-    try:
+    with one_line(lambda error: f"{folder}: its config.json is not a package's ({first_line(error)})"):
         complete = package_config(config)
-    except Exception as error:  # a nonsensical entry fails in ways that differ by version
-        raise ShortVError(f"{folder}: its config.json is not a package's ({first_line(error)})") from error
     wrong = [key for key in (*OWN_KEYS, "architectures") if config.get(key, "") != complete[key]]
     if wrong:
         raise ShortVError(f"{folder}: config.json lacks the right {', '.join(wrong)}; make the package again")
@@ -313,7 +311,7 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
         try:
             if outdated := outdated_files(folder):
                 logger.warning(f"{folder}: {', '.join(outdated)} should be otherwise; make the package again")
-        except Exception as error:  # broken files fail in ways that differ by version
+        except (ImportError, ShortVError) as error:
             logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
     return config
 
@@ -530,7 +528,7 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
     with hub_errors(repo_id):
         try:
             return api.create_commit(repo_id, operations, **settings)
-        except Exception as error:
+        except (HfHubHTTPError, ValueError) as error:
             if source is None or not _copy_refused(error):
                 raise
             reason = getattr(error, "server_message", None) or first_line(error)

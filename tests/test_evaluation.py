@@ -22,11 +22,12 @@ from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation import answering, report
 from shortv_llava.evaluation import command as evaluate_command
+from shortv_llava.evaluation import options as evaluate_options
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.answers import AnswersFile
-from shortv_llava.evaluation.command import EvaluationOptions
 from shortv_llava.evaluation.dropping import dropped
 from shortv_llava.evaluation.methods import parse_methods
+from shortv_llava.evaluation.options import EvaluationOptions
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import choose_variants, evaluate
 from shortv_llava.evaluation.tasks import TASKS
@@ -535,6 +536,6 @@ def test_contradictions_come_before_any_work(tmp_path, options, words):
 
 
 def test_a_harness_that_is_not_there_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_command, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate_options, "find_spec", lambda name: None)
     with pytest.raises(ShortVError, match="--lmms-tasks needs lmms-eval: pip install lmms_eval"):
         EvaluationOptions("no/model", tmp_path / "out", lmms_tasks="pope").check()
