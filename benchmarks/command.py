@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shortv_llava.benchmarks.sizes import SHAPES, check_layers_of, find_shape, scaled
-from shortv_llava.commands import loading
+from shortv_llava.commands import loading, takes
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Method, parse_methods
 from shortv_llava.evaluation.scoring import check_metric
@@ -61,46 +62,50 @@ def _check_vllm() -> None:
         raise ShortVError("this benchmark needs vLLM, in its own environment: pip install vllm")
 
 
-@app.command()
-def prefill(
+@dataclass(frozen=True)
+class PrefillOptions:
+    """The options of `shortv bench prefill`."""
+
     model: Annotated[
         list[str] | None,
         typer.Option(
             help=f"Shape of the model: {NAMES}. Repeat it for several. By default the first two, on a GPU the others."
         ),
-    ] = None,
+    ] = None
     layers: Annotated[
         str | None, typer.Option(help="Numbers of replaced layers, as `8,16,19`; the paper's by default.")
-    ] = None,
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(
             help="Ways to save visual tokens, as of `shortv evaluate`: `shortv,fastv:2:0.5,vtw:16`. FastV and VTW drop "
             "them here."
         ),
-    ] = None,
-    attention: Annotated[
-        str, typer.Option(help="Attention implementations of transformers, as `sdpa,eager`.")
-    ] = "sdpa",
-    batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1",
-    text_tokens: TextTokens = TEXT_TOKENS,
+    ] = None
+    attention: Annotated[str, typer.Option(help="Attention implementations of transformers, as `sdpa,eager`.")] = "sdpa"
+    batch: Annotated[str, typer.Option(help="Batch sizes, as `1,4,16`.")] = "1"
+    text_tokens: TextTokens = TEXT_TOKENS
     cuda_graphs: Annotated[
         bool,
         typer.Option(
             "--cuda-graphs", help="Time both models as CUDA graphs too, without the host that starts kernels."
         ),
-    ] = False,
+    ] = False
     fused_norms: Annotated[
         bool, typer.Option("--fused-norms", help="Run each norm as one kernel in both models, as `use_kernels=True`.")
-    ] = False,
+    ] = False
     correction_rank: Annotated[
         int, typer.Option(min=0, help="Rank of the corrections of frozen tokens; 0 for none.")
-    ] = 0,
-    pairs: Pairs = 11,
-    output: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder for prefill.json and prefill.png.")
-    ] = None,
-) -> None:
+    ] = 0
+    pairs: Pairs = 11
+    output: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for prefill.json and prefill.png.")] = (
+        None
+    )
+
+
+@app.command()
+@takes(PrefillOptions)
+def prefill(options: PrefillOptions) -> None:
     """Prefill against the stock model: seconds and memory.
 
     It tells what share of the speed-up that the FLOPs allow is reached.
@@ -116,16 +121,17 @@ def prefill(
 
         shortv bench prefill --model llava-1.5-7b --method shortv,fastv:2:0.5
     """
-    numbers = None if layers is None else _numbers("--layers", layers, 0)
-    batches = _numbers("--batch", batch, 1)
-    methods = [] if method is None else parse_methods(method)
-    _check_prefill(model, numbers or (), methods, cuda_graphs)
+    numbers = None if options.layers is None else _numbers("--layers", options.layers, 0)
+    batches = _numbers("--batch", options.batch, 1)
+    methods = [] if options.method is None else parse_methods(options.method)
+    _check_prefill(options.model, numbers or (), methods, options.cuda_graphs)
 
     with loading(LIBRARIES):
         from shortv_llava.benchmarks.prefill import run
 
-    common = {"text_tokens": text_tokens, "correction_rank": correction_rank, "fused_norms": fused_norms}
-    run(model, numbers, methods, attention.split(","), batches, cuda_graphs, output, pairs=pairs, **common)
+    names = "text_tokens", "cuda_graphs", "fused_norms", "correction_rank", "pairs", "output"
+    given = {name: getattr(options, name) for name in names}
+    run(options.model, numbers, methods, options.attention.split(","), batches, **given)
 
 
 @app.command()

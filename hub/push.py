@@ -155,10 +155,7 @@ def push(
     frozen = len(config["replaced_layers"])
     message = message or f"ShortV package, {frozen} layer{'s' * (frozen != 1)} replaced"
     commit, url = _carry_out(api, repo_id, operations, source, remote.commit, message, revision, create_pr)
-    with hub_errors(repo_id):
-        if tag and tag not in remote.tags:
-            api.create_tag(repo_id, tag=tag, revision=commit)
-    _put_into_collection(api, slug, repo_id, "model")
+    _label(api, repo_id, commit, tag if tag not in remote.tags else None, slug)
     return Pushed(changes, url)
 
 
@@ -184,6 +181,14 @@ def _carry_out(
     info = _commit(api, repo_id, operations, source, settings)
     _check_arrived(api, repo_id, info.pr_revision if create_pr else info.oid, operations, source)
     return info.oid, info.pr_url if create_pr else info.commit_url
+
+
+def _label(api: HfApi, repo_id: str, commit: str | None, tag: str | None, slug: str | None) -> None:
+    """Give the commit its tag, and the repository its place in a collection."""
+    with hub_errors(repo_id):
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    _put_into_collection(api, slug, repo_id, "model")
 
 
 def _make_place(api: HfApi, repo_id: str, remote: Remote, private: bool, revision: str | None) -> None:
