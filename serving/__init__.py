@@ -4,13 +4,13 @@ import re
 
 from shortv_llava.errors import ShortVError
 
-TESTED = ("0.32", "0.33")  # vLLM from the first to before the second: what models.py builds on is no public interface
+TESTED = ("0.32", "0.33")  # vLLM versions, end excluded: models.py builds on interfaces that are not public
 ARCHITECTURES = ("ShortVLlavaForConditionalGeneration", "ShortVLlavaNextForConditionalGeneration")
 BACKBONES = ("llama", "mistral", "qwen2")
 
 
 def check_version(version: str) -> None:
-    """Raises [`ShortVError`] if this vLLM is outside the range that the tests ran with."""
+    """Raises [`ShortVError`] if this vLLM version is outside the tested range."""
     found, first, end = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (version, *TESTED))
     if not first <= found < end:
         raise ShortVError(
@@ -29,10 +29,10 @@ def check_package(config) -> None:
 
 
 def register() -> None:
-    """Make vLLM know the packages' configurations and architectures: its entry point `vllm.general_plugins`.
+    """Register the packages' configurations and architectures with vLLM: the entry point `vllm.general_plugins`.
 
-    vLLM calls it in each of its processes, whatever model it serves, so a vLLM outside the tested range is no error
-    here: it becomes one when a package's configuration is read.
+    vLLM calls this in each of its processes, for any model. A vLLM outside the tested range is therefore no error
+    here. The error is raised when a package's configuration is read.
     """
     import vllm
     from transformers import AutoConfig

@@ -1,7 +1,7 @@
-"""Attention in which only some tokens of a step ask queries, through vLLM's own attention backends.
+"""Attention in which only some tokens of a step have queries, through vLLM's own attention backends.
 
-What the other tokens contribute, keys and values, is in the cache by then. The rest looks to a backend like a batch of
-more and shorter requests: each run of consecutive tokens that ask is one, and its sequence ends where the run does.
+Keys and values of the other tokens are already in the cache. The backend sees the tokens with queries as a batch of
+more and shorter requests: each run of consecutive tokens is one request, whose sequence ends with the run.
 """
 
 import functools
@@ -21,14 +21,14 @@ from vllm.v1.attention.backend import (
 
 @functools.lru_cache
 def partial_query_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """The backend, whose metadata can be made anew for fewer queries once a step's visual tokens are known."""
+    """The backend with metadata that can be rebuilt for fewer queries once a step's visual tokens are known."""
 
     class PartialQueryBuilder(backend.get_builder_cls()):
-        supports_update_block_table = False  # metadata that passes `build` by
+        supports_update_block_table = False  # it would make metadata without `build`
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-            # Full graphs replay steps of one token a request without asking the model, and such a token may be visual.
+            # Full graphs replay steps of one token a request without calling `forward`, and the token may be visual.
             return AttentionCGSupport.NEVER
 
         def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
@@ -42,13 +42,13 @@ def partial_query_backend(backend: type[AttentionBackend]) -> type[AttentionBack
 def partial_query_context(
     context: ForwardContext, layers: Collection[str], tokens: np.ndarray, index: torch.Tensor, positions: torch.Tensor
 ) -> ForwardContext:
-    """The step's forward context for attention of some tokens alone.
+    """The step's forward context for attention in which only `tokens` have queries.
 
     Args:
-        layers: names of the attention layers concerned, of a [`partial_query_backend`] each.
-        tokens: int64 `(T,)`, the tokens of the step that ask queries, ascending; T > 0.
+        layers: names of the attention layers, each with a [`partial_query_backend`].
+        tokens: int64 `(T,)`, the step's tokens that have queries, ascending; T > 0.
         index: `tokens` on the device.
-        positions: `(T,)`, their positions in their requests.
+        positions: `(T,)`, positions of `tokens` in their requests.
     """
     change = functools.partial(_asked_by, tokens=tokens, index=index, positions=positions)
     rebuilt = {}  # layers share metadata
@@ -67,7 +67,7 @@ def partial_query_context(
 def _asked_by(
     common: CommonAttentionMetadata, tokens: np.ndarray, index: torch.Tensor, positions: torch.Tensor
 ) -> CommonAttentionMetadata:
-    """The batch of requests that the runs of `tokens` make; see [`partial_query_context`]."""
+    """The metadata with each run of consecutive `tokens` as one request; see [`partial_query_context`]."""
     device = common.query_start_loc.device
     ends = common.query_start_loc_cpu.numpy()[1:]
     requests = np.searchsorted(ends, tokens, side="right")

