@@ -1,8 +1,8 @@
-"""The model card of a package: what it is, how to use it, what it costs and whose terms it is under.
+"""The model card of a package: what it is, how to use it, what it costs and which licence applies.
 
 Parts between marks (`<!-- shortv:NAME -->` to `<!-- /shortv:NAME -->`) are generated from the folder and renewed; all
-else belongs to whoever edits the card. Scores live in the folder's evaluation.json; the card shows them in a table, and
-its metadata have this model's own as `model-index`.
+other text is kept. Scores are stored in the folder's evaluation.json. The card shows them in a table, and this model's
+own scores are in its metadata as `model-index`.
 """
 
 import copy
@@ -28,14 +28,14 @@ from shortv_llava.hub.scores import RESULTS_SOURCE, Score, read_scores, scores_r
 logger = logging.getLogger(__name__)
 
 PAPER = "https://arxiv.org/abs/2504.00502"
-# What the paper reports for its layers: mean score, of the dense model's, and speed-up of the first token.
+# What the paper reports for its layers: mean score, relative to the dense model, and speed-up of the first token.
 PAPER_FIGURES = {
     "llava-1.5-7b": ("99.0%", "1.30x"),
     "llava-1.5-13b": ("99.2%", "1.39x"),
     "llava-next-7b": ("99.0%", "1.44x"),
     "llava-next-13b": ("99.5%", "1.52x"),
 }
-NOTICES = {  # what a licence wants every copy to say
+NOTICES = {  # text that a licence requires in every copy
     "llama2": "Llama 2 is licensed under the [LLAMA 2 Community License](https://ai.meta.com/llama/license/), "
     "Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 }
@@ -47,10 +47,10 @@ STRATEGIES = {
     "cosine": "by how little they turn the visual tokens' states (cosine similarity), least first",
     "random": "at random",
 }
-NEEDS_TORCHVISION = ("shortv_llava_next_video", "shortv_llava_onevision")  # for their processors of videos
+NEEDS_TORCHVISION = ("shortv_llava_next_video", "shortv_llava_onevision")  # for their video processors
 PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
 
-# In the names of benchmarks about text in pictures.
+# Parts of the names of benchmarks about text in pictures.
 TEXT_BENCHMARKS = ("ocr", "docvqa", "textvqa", "chartqa", "ai2d", "infovqa", "infographic", "stvqa")
 TEXT_HINT = (
     "No benchmark here is about text in pictures, where the published layers are known to lose: LLaVA-1.5-7B from 21.5 "
@@ -58,7 +58,7 @@ TEXT_HINT = (
     "measured by V-Skip (https://arxiv.org/abs/2606.08511) and SPIDER (https://openreview.net/forum?id=aGpSK6QH3w)."
 )
 BLOCKS = ("intro", "use", "layers", "cost", "evaluation", "terms")  # the generated parts
-# A sentence that transformers' `push_to_hub` puts into the template that all cards without words of their own share.
+# A sentence that transformers' `push_to_hub` adds to Hugging Face's card template.
 DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
@@ -115,7 +115,7 @@ TEMPLATE = (
 
 
 def record_score(folder: Path, *scores: Score) -> None:
-    """Write scores into the package `folder`, in place of those of the same data and metric, and renew its card."""
+    """Write scores into the package `folder` and renew its card. They replace scores of the same data and metric."""
     new = {(score.data, score.metric) for score in scores}
     others = [old for old in read_scores(folder) if (old.data, old.metric) not in new]
     content = {"results": [one._asdict() for one in (*others, *scores)]}
@@ -125,7 +125,7 @@ def record_score(folder: Path, *scores: Score) -> None:
 
 
 def text_hint(folder: Path) -> str | None:
-    """What to know of a package with frozen layers whose card has no benchmark about text in pictures, in a line."""
+    """A one-line hint for packages with frozen layers whose card has no benchmark about text in pictures."""
     card = read_card(folder / CARD_FILE)
     config, data = config_object(read_config(folder)), card.data if card else ModelCardData()
     hint = _text_hint(config, read_scores(folder), data)
@@ -139,10 +139,10 @@ def _text_hint(config, scores: Sequence[Score], data: ModelCardData) -> str | No
 
 
 def write_card(folder: Path, name: str | None = None, existing: ModelCard | None = None, **known) -> None:
-    """Write the card of the package `folder`, keeping what is not generated of the one that is there.
+    """Write the card of the package `folder`. Text of the existing card that is not generated is kept.
 
     Args:
-        name: what the model is loaded by; the folder's name by default.
+        name: name to load the model by; the folder's name by default.
         existing: the card to renew; the folder's own by default.
         known: as for [`make_card`].
     """
@@ -161,16 +161,16 @@ def make_card(
 ) -> ModelCard:
     """The card of the package `folder`, or `existing` with its generated parts and metadata renewed.
 
-    Of a card without words of its own, see [`has_words`], the metadata alone are kept.
+    If `existing` has no text of its own, see [`has_words`], only its metadata are kept.
 
     Args:
-        name: what the model is loaded by: a repository's id or a folder.
-        tag: of the repository, for the snippets to load.
+        name: name to load the model by: a repository's id or a folder.
+        tag: tag of the repository that the snippets load.
         space: id of a Space that shows the model.
-        known: metadata, such as `base_model`, `license` and `datasets`; what is not known is left as it is.
+        known: metadata, such as `base_model`, `license` and `datasets`; other metadata are not changed.
 
     Raises:
-        ShortVError: if the folder is no package, or its calibration settings or scores are none that a command wrote.
+        ShortVError: if the folder is no package, or its calibration settings or scores do not have our format.
     """
     config, scores = config_object(read_config(folder)), read_scores(folder)
     _check_calibration(folder, config.calibration or {})
@@ -199,7 +199,7 @@ def make_card(
 
 
 def has_words(card: ModelCard) -> bool:
-    """Whether a card has marks of ours or words of its own, beyond headings and what Hugging Face's template says."""
+    """Whether a card has our marks, or text besides headings and Hugging Face's template."""
     if missing_blocks(card) != list(BLOCKS):
         return True
     text, template = (
@@ -207,7 +207,7 @@ def has_words(card: ModelCard) -> bool:
         for each in (card, ModelCard.from_template(ModelCardData(), model_description=DESCRIPTION))
     )
     known = {line.strip() for line in template.splitlines()}
-    # Its headings, labels and gaps differ by version.
+    # The template's headings, labels and placeholders differ by version.
     others = [line for line in map(str.strip, text.splitlines()) if line not in known and not line.startswith("#")]
     return any(re.search(r"\w", re.sub(r"\*\*.*?\*\*|\[[\w ]*\](?!\()", "", line)) for line in others)
 
@@ -218,7 +218,7 @@ def missing_blocks(card: ModelCard) -> list[str]:
 
 
 def warn_of_missing(card: ModelCard | None, where: Path | str) -> None:
-    """Say which generated parts a card lacks, because they were taken out or never were in it."""
+    """Warn of generated parts that a card has no marks for, because they were removed or never there."""
     missing = missing_blocks(card) if card and has_words(card) else []
     if missing:
         logger.warning(
@@ -232,14 +232,14 @@ def _marked(block: str) -> str:
 
 
 def is_edited(card: ModelCard, folder: Path) -> bool:
-    """Whether a card has words of its own, outside of the generated parts, that a new one does not have."""
+    """Whether a card has text outside of the generated parts that a new card does not have."""
     texts = [re.sub(r"(<!-- shortv:(\w+) -->).*?<!-- /shortv:\2 -->", r"\1", each.text, flags=re.S).strip()
              for each in (card, make_card(folder, ""))]  # fmt: skip
     return texts[0] != texts[1] and has_words(card)
 
 
 def _check_calibration(folder: Path, calibration: dict) -> None:
-    """The configuration takes any dictionary; the card reads these."""
+    """Check the calibration entries that the card reads; the configuration accepts any dictionary."""
     names, choice = [calibration.get(key) or [] for key in ("data", "tokens")], calibration.get("choice", {})
     if not all(isinstance(each, (str, list)) and all(isinstance(name, str) for name in each) for each in names):
         raise ShortVError(f"{folder}/config.json: calibration: data and tokens are names or lists of names")
@@ -291,7 +291,7 @@ def _intro(config, name: str, data: ModelCardData) -> str:
 
 
 def _quantised_by(config) -> str | None:
-    """What a package's weights are quantised by, such as `bitsandbytes, 4 bit`; None if they are not."""
+    """How a package's weights are quantised, such as `bitsandbytes, 4 bit`; None if they are not."""
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict):
         return None
@@ -349,7 +349,7 @@ print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def _quoted(text: str) -> str:
-    """A text as it stands in Python."""
+    """A text as a Python string literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -401,12 +401,12 @@ def _layers(folder: Path, config, data: ModelCardData) -> str:
 
 
 def _scores(path: Path, config) -> dict[str, Sequence[float]]:
-    """LC scores of all layers by what was scored: all that a calibration left behind, else the configuration's own."""
+    """LC scores of all layers by kind of score: those of a calibration if it saved them, else the configuration's."""
     if path.is_file():
         with _calibrated(path):
             found = json.loads(path.read_text(encoding="utf-8"))
             scores = {name: [float(score) for score in each] for name, each in (found.get("scores") or {}).items()}
-        if scores and all(len(each) == len(config.lc_scores) for each in scores.values()):  # else they are of blocks
+        if scores and all(len(each) == len(config.lc_scores) for each in scores.values()):  # else scores of blocks
             return scores
     tokens = listed((config.calibration or {}).get("tokens")) or ["visual"]
     return {tokens[0]: config.lc_scores}
@@ -421,7 +421,7 @@ def _calibrated(path: Path) -> Iterator[None]:
 
 
 def _settings(calibration: dict) -> str:
-    """The settings of a calibration as a list; what it found stands elsewhere."""
+    """The settings of a calibration as a list, without its results."""
     directions = {
         "release": "KL(variant || model), as in the authors' release; the paper's formula has the reverse",
         "paper": "KL(model || variant), as in the paper; the authors' release has the reverse",
@@ -469,7 +469,7 @@ def _cost(folder: Path, config, data: ModelCardData) -> str:
 
 
 def _measured(path: Path, around: int = 2) -> list[str]:
-    """What freezing was measured to cost, around the choice, if a calibration left that behind."""
+    """The measured cost of freezing, for numbers of layers around the choice, if a calibration saved it."""
     if not path.is_file():
         return []
     with _calibrated(path):
@@ -500,7 +500,7 @@ def _cost_cells(cost: dict | None) -> tuple[str, str, str]:
     if cost is None:
         return "", "", ""
     change = "" if cost["nll_change"] is None else f"{round(cost['nll_change'], 4) + 0:+.4f}"  # no -0.0000
-    interval = "" if cost["kl_interval"] is None else f" ± {cost['kl_interval']:.0e}"  # one sample tells none
+    interval = "" if cost["kl_interval"] is None else f" ± {cost['kl_interval']:.0e}"  # one sample gives none
     return f"{cost['kl']:.2e}{interval}", f"{cost['agreement']:.0%}", change
 
 
@@ -554,7 +554,7 @@ def _terms(folder: Path, data: ModelCardData) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """In GitHub's Markdown; columns of figures are aligned at the right."""
+    """A table in GitHub's Markdown; columns of numbers are right-aligned."""
     texts = [[str(cell).replace("|", r"\|") for cell in line] for line in (header, *rows)]
     figures = [all(re.match(r"[*+-]*\d|$", cell) for cell in column[1:]) and any(column[1:]) for column in zip(*texts)]
     texts.insert(1, ["---:" if each else "---" for each in figures])

@@ -1,4 +1,4 @@
-"""`shortv push`: from options to a commit, and what it changed."""
+"""`shortv push`: its options, the push, and the list of changes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class PushOptions:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False
 
     def check(self) -> None:
-        """Raises a usage error or [`ShortVError`] for what can be told before anything is loaded."""
+        """Raises a usage error or [`ShortVError`] for wrong options, before anything is loaded."""
         if self.tag and self.create_pr:
             raise typer.BadParameter("a pull request gets none; leave out --create-pr", param_hint="--tag")
         if self.space and (self.revision or self.create_pr):

@@ -1,4 +1,4 @@
-"""The Hub's errors in words."""
+"""Messages for the Hub's errors."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from shortv_llava.errors import ShortVError, first_line, one_line
 
 
 def hub_reason(error: BaseException) -> str:
-    """Why the Hub did not do as asked and what to do about it, in one line."""
+    """Why a request to the Hub failed and what to do about it, in one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -21,7 +21,7 @@ def hub_reason(error: BaseException) -> str:
 
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):  # the client's own, as of a card
         return textwrap.shorten(str(error), 300, placeholder=" ...")
-    causes = [error]  # an answer is often wrapped in what the client was about to do
+    causes = [error]  # the client often wraps the Hub's answer in an error of its own
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
@@ -61,7 +61,7 @@ def hub_reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """What goes wrong with a repository becomes one line about it."""
+    """Turn errors of requests to a repository into a [`ShortVError`] of one line."""
     from huggingface_hub.errors import HFValidationError
 
     try:

@@ -1,4 +1,4 @@
-"""A card's metadata: what the base's card says, and what is ours."""
+"""A card's metadata: entries of the base's card and ours."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from shortv_llava.hub.scores import RESULTS_SOURCE, Score, scores_url
 
 logger = logging.getLogger(__name__)
 
-# By their names in calibration settings.
+# Hub ids of data sets by their names in calibration settings.
 DATASETS = {"gqa": "lmms-lab-encoder/GQA", "flickr30k": "lmms-lab-encoder/flickr30k"}
 LICENSE_TITLES = {  # how the texts of licences begin
     "apache license": "apache-2.0",
@@ -29,7 +29,7 @@ def read_card(path: Path, name: str | None = None) -> ModelCard | None:
     """The card in a file; None if there is none.
 
     Args:
-        name: of the file, for messages; its path by default.
+        name: name of the file, for messages; its path by default.
 
     Raises:
         ShortVError: if its metadata cannot be read.
@@ -44,10 +44,10 @@ def read_card(path: Path, name: str | None = None) -> ModelCard | None:
 
 
 def base_metadata(base: Path, base_model: str | None = None, license: str | None = None) -> dict:
-    """What a checkpoint folder says of itself: its id, licence, language and data; None for what it does not say.
+    """Metadata that a checkpoint folder states: its id, licence, language and data; None for missing entries.
 
     Args:
-        base_model, license: where the user gives them.
+        base_model, license: values from the user, which take precedence.
     """
     data = _tolerantly_read(base / CARD_FILE)
     texts = {key: listed(getattr(data, key)) for key in ("base_model", "license", "license_name", "license_link")}
@@ -55,10 +55,10 @@ def base_metadata(base: Path, base_model: str | None = None, license: str | None
     if license:
         told |= {"license": license, "license_name": None, "license_link": None}
     relation = None
-    if not base_model and "shortv" in listed(data.tags):  # a package of a package has its base
+    if not base_model and "shortv" in listed(data.tags):  # a package made of a package keeps the first one's base
         base_model, relation = told["base_model"], data.get("base_model_relation")
     if not base_model and (base_model := hub_id(base)):
-        relation = "finetune"  # whatever the base is, it is not quantised on the way
+        relation = "finetune"  # even if the base is quantised: making a package does not quantise
     return {
         **told,
         "base_model": base_model,
@@ -70,7 +70,7 @@ def base_metadata(base: Path, base_model: str | None = None, license: str | None
 
 
 def _tolerantly_read(path: Path) -> ModelCardData:
-    """The metadata of a stranger's card, as far as they can be read."""
+    """The metadata of a card that others wrote, without entries that cannot be read."""
     try:
         if path.is_file():
             return ModelCard.load(path, ignore_metadata_errors=True).data
@@ -91,10 +91,10 @@ def _license_of_text(folder: Path) -> str | None:
 def card_metadata(config, name: str, existing: ModelCard | None, scores: Sequence[Score], known: dict) -> ModelCardData:
     entries = existing.data.to_dict() if existing else {}
     known = {key: value for key, value in known.items() if value}
-    if "license" in known:  # these belong to the licence before
+    if "license" in known:  # these belong to the old licence
         entries = {key: value for key, value in entries.items() if key not in ("license_name", "license_link")}
     for base in listed((config.calibration or {}).get("base")):
-        if "/" in base:  # a Hub id; all that tells the base of a package that was loaded and saved again
+        if "/" in base:  # a Hub id; the only trace of the base if a package was loaded and saved again
             entries.setdefault("base_model", split_revision(base)[0])
     family = config.model_type.removeprefix("shortv_").replace("_", "-")
     tags = [*listed(entries.get("tags")), "custom_code", "shortv", family, "arxiv:2504.00502"]
@@ -126,9 +126,9 @@ def _eval_result(score: Score, name: str) -> EvalResult:
 
 
 def merged_metadata(theirs: ModelCardData, ours: ModelCardData) -> ModelCardData:
-    """The metadata of two cards of one model; where they contradict each other, ours."""
+    """The merged metadata of two cards of one model; ours win."""
     old, new = theirs.to_dict(), ours.to_dict()
-    if new.get("license"):  # these belong to it
+    if new.get("license"):  # these belong to the licence
         old = {key: value for key, value in old.items() if key not in ("license_name", "license_link")}
     lists = {key: [*dict.fromkeys([*listed(old.get(key)), *listed(new.get(key))])] for key in ("tags", "datasets")}
     entries = old | new | lists
@@ -140,25 +140,25 @@ def merged_metadata(theirs: ModelCardData, ours: ModelCardData) -> ModelCardData
 
 
 def listed(value) -> list[str]:
-    """The texts in a card's entry, which strangers write as they like."""
+    """The strings in a card's entry, which others may have written in any form."""
     return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
 
 
 def calibration_data(config) -> list[str]:
-    """Names of the data that the layers were found with; as published where they are the published ones."""
+    """Names of the data that the layers were chosen with; for published layers, the paper's data."""
     if config.calibration:
         return listed(config.calibration.get("data"))
     return list(DATASETS) if published_model(config) else []
 
 
 def published_model(config) -> str | None:
-    """The published model whose layers these are, in their order."""
+    """The name of the published model with the same layers in the same order, if there is one."""
     only_layers = not config.replaced_attention_layers and not config.replaced_ffn_layers
     layers = tuple(config.replaced_layers)
     return next((name for name, model in PUBLISHED.items() if only_layers and model.replaced_layers == layers), None)
 
 
 def is_published_for(config, base_model) -> bool:
-    """Whether the paper's figures are this model's: its checkpoint, in either layout, with its layers."""
+    """Whether the paper's figures apply: a published checkpoint, in either layout, with its published layers."""
     name = published_model(config)
     return name is not None and base_model in (PUBLISHED[name].original_id, PUBLISHED[name].hf_id)

@@ -1,4 +1,4 @@
-"""Package folders to the Hub: checked first, then one commit that changes the repository whole or not at all."""
+"""Push package folders to the Hub: check the package, then make one commit; all changes land or none do."""
 
 import copy
 import logging
@@ -46,20 +46,20 @@ from shortv_llava.hub.scores import eval_results_file, read_scores
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS_FILE = ".eval_results/shortv.yaml"  # where the Hub looks for scores
-# What our commands report of a package: a repository's own, where the folder has none, tell of another one.
+# Reports that our commands write for a package. If only the repository has them, they belong to an older package.
 REPORT_FILES = (EVALUATION_FILE, EVAL_RESULTS_FILE, "calibration.json", "lc_scores.png", "tradeoff.png")
 
-# A Space: the web page, what it imports, and the libraries to install beside Gradio, which the Hub brings.
+# A Space: the web page, what it imports, and the libraries to install besides Gradio, which the Hub installs.
 SPACE_FILES = {"app.py": "chat/web.py"} | {
     f"shortv_llava/{name}": name for name in ("errors.py", "flops.py", "chat/images.py", "chat/prompts.py")
 }
-ROOT = Path(__file__).parents[1]  # where the files stand that are published as they are
+ROOT = Path(__file__).parents[1]  # the folder of the files that are published unchanged
 SPACE_REQUIREMENTS = "accelerate>=1.0\npillow>=10\ntorch>=2.6\ntransformers>=4.57\n"
 GRADIO_VERSION = "6.31.0"
 
 
 class Change(NamedTuple):
-    """What a commit does to one file: `add`, `update`, `copy` or `delete`; `size` in bytes, of the file there."""
+    """What a commit does to one file: `add`, `update`, `copy` or `delete`; `size` of the file in bytes."""
 
     action: str
     path: str
@@ -74,11 +74,11 @@ class Pushed(NamedTuple):
 
 
 class Remote(NamedTuple):
-    """A repository at a revision. Where there is no repository, it has no commit; a new branch starts from main.
+    """A repository at a revision. If there is no repository, `commit` is None; a new branch starts from main.
 
     Args:
-        branches: by their short and full names, pull requests by their full ones.
-        tags: the commit of each.
+        branches: short and full names of branches, full names of pull requests.
+        tags: commit by name of the tag.
     """
 
     commit: str | None
@@ -90,7 +90,7 @@ class Remote(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The repository that the Hub copies weights from. `files`: its files, by their names in the package."""
+    """The repository that the Hub copies weights from. `files`: its weight files, by their names in the package."""
 
     repo_id: str
     commit: str
@@ -112,26 +112,26 @@ def push(
     space: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
-    """Make the repository hold what the package `folder` holds, in one commit; none if it does already.
+    """Bring the repository to the state of the package `folder`, in one commit; no commit if nothing changed.
 
-    Files that only the repository has are left alone, but for weights, which would be loaded in place of the new ones,
-    and reports of `shortv calibrate` and `shortv evaluate`, which tell of another package. What has arrived is compared
-    by hash.
+    Files that only the repository has are kept, except for weights, which would be loaded in place of the new ones,
+    and reports of `shortv calibrate` and `shortv evaluate`, which belong to an older package. After the commit every
+    file is compared by hash.
 
     Args:
         private: make a new repository private.
         revision: branch to commit to; made from main if there is none.
         create_pr: open a pull request instead.
         message: first line of the commit.
-        license: of the weights, where the base model does not tell.
-        weights_from: `owner/name` or `owner/name@revision` to have the Hub copy the weight files from.
-        tag: a new one for the commit, which the card's snippets load; not with `create_pr`.
-        collection: slug of one to put the repository into.
-        space: whether [`push_space`] follows; the card links a Space of the same id, as it does if there is one.
-        dry_run: change nothing, only say what would be done.
+        license: licence of the weights, if the base model names none.
+        weights_from: `owner/name` or `owner/name@revision` that the Hub copies the weight files from.
+        tag: a new tag for the commit, which the card's snippets load; not with `create_pr`.
+        collection: slug of a collection to add the repository to.
+        space: whether [`push_space`] follows. The card links the Space of the same id if there is one or `space` is set.
+        dry_run: change nothing, only return the changes.
 
     Raises:
-        ShortVError: if the folder is no complete package, or the Hub does not do its part. The repository is as before,
+        ShortVError: if the folder is no complete package, or a request to the Hub fails. The repository is as before,
             or as the message says.
     """
     check_options(
@@ -169,14 +169,14 @@ def _carry_out(
     revision: str | None,
     create_pr: bool,
 ) -> tuple[str | None, str | None]:
-    """Make the commit, if there is anything to change, and see that it arrived: its id, and its address."""
+    """Make the commit, if there is anything to change, and verify it. Returns its id and its URL."""
     if not operations:
         return parent, None
     settings = {
         "commit_message": message,
         "revision": revision,
         "create_pr": create_pr,
-        "parent_commit": parent,  # the commit fails if another one came between
+        "parent_commit": parent,  # the commit fails if another one was made meanwhile
     }
     info = _commit(api, repo_id, operations, source, settings)
     _check_arrived(api, repo_id, info.pr_revision if create_pr else info.oid, operations, source)
@@ -184,7 +184,7 @@ def _carry_out(
 
 
 def _label(api: HfApi, repo_id: str, commit: str | None, tag: str | None, slug: str | None) -> None:
-    """Give the commit its tag, and the repository its place in a collection."""
+    """Tag the commit, and add the repository to the collection."""
     with hub_errors(repo_id):
         if tag:
             api.create_tag(repo_id, tag=tag, revision=commit)
@@ -192,7 +192,7 @@ def _label(api: HfApi, repo_id: str, commit: str | None, tag: str | None, slug: 
 
 
 def _make_place(api: HfApi, repo_id: str, remote: Remote, private: bool, revision: str | None) -> None:
-    """Make the repository, and the branch to commit to, where there is none."""
+    """Create the repository and the branch to commit to, if they do not exist."""
     with hub_errors(repo_id):
         if remote.commit is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -210,7 +210,7 @@ def check_options(
     collection: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Raises [`ShortVError`] if options, as for [`push`], are wrong: all that is told before the long work."""
+    """Raises [`ShortVError`] if options, as for [`push`], are wrong: the checks that run before the long work."""
     _check_target(repo_id, revision, tag)
     if weights_from is not None:
         if "src_repo_id" not in {field.name for field in fields(CommitOperationCopy)}:
@@ -219,7 +219,7 @@ def check_options(
         _check_target(split_revision(weights_from)[0])
     if collection is not None:
         _slug(collection)
-    _package_config(folder)  # a wrong folder is told before a missing login
+    _package_config(folder)  # a wrong folder is reported before a missing login
     if not dry_run:
         _check_access(repo_id)
 
@@ -232,15 +232,15 @@ def push_space(
     collection: str | None = None,
     dry_run: bool = False,
 ) -> Pushed:
-    """Make the Space `repo_id` show the model `repo_id`, in one commit; none if it does already.
+    """Make the Space `repo_id` show the model `repo_id`, in one commit; no commit if nothing changed.
 
-    Files that only the Space has are left alone, and so is what its README.md says beyond what the page needs.
+    Files that only the Space has are kept. Of its README.md only the entries that the page needs are changed.
 
     Args:
         private, message, collection, dry_run: as for [`push`].
 
     Raises:
-        ShortVError: if the Hub does not do its part. The Space is as before.
+        ShortVError: if a request to the Hub fails. The Space is as before.
     """
     _check_target(repo_id)
     if not dry_run:
@@ -274,7 +274,7 @@ def push_space(
 
 
 def _space_card(repo_id: str, remote: Remote) -> SpaceCard:
-    """The README.md of a Space: the Hub's settings for it, among them the model that the page loads, and a text."""
+    """The README.md of a Space: the Hub's settings, including the model that the page loads, and a text."""
     title = repo_id.split("/")[-1]
     known = {"title": title, "emoji": "🖼️", "colorFrom": "indigo", "colorTo": "green", "license": "apache-2.0"}
     text = f"# {title}\n\nTalk to [{repo_id}](https://huggingface.co/{repo_id}), with its dense model beside it.\n"
@@ -293,7 +293,7 @@ def _space_card(repo_id: str, remote: Remote) -> SpaceCard:
 
 
 def check_package(folder: Path, with_weights: bool = True) -> dict:
-    """The config.json of a package folder that is fit to be published.
+    """Check that a package folder can be published, and return its config.json.
 
     Raises:
         ShortVError: if it is no package, or something in it is missing, damaged or does not fit.
@@ -329,7 +329,7 @@ def _package_config(folder: Path) -> dict:
 
 
 def _published_files(folder: Path) -> list[Path]:
-    """All files but hidden ones and what Python leaves behind."""
+    """All files but hidden ones and Python's caches."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -393,7 +393,7 @@ def _files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> d
 
 
 def _source(api: HfApi, spec: str, folder: Path, config: dict) -> Source:
-    """The weights to copy, which must be those of this package."""
+    """The weight files to copy; they must be this package's."""
     from shortv_llava.checkpoint.conversion import is_original
     from shortv_llava.checkpoint.tensors import SINGLE_WEIGHT_FILES, listed_shards, weight_index
 
@@ -438,7 +438,7 @@ def _plan(
     """The operations of the commit, those of the card first."""
     existing, known = _cards(folder, repo_id, remote, license, source)
     operations = list(_operations(folder, repo_id, remote, source))
-    # Where nothing else has changed, the snippets go on loading the tag that this commit has.
+    # If nothing else has changed, the snippets keep loading the tag that this commit has.
     tags = [name for name, commit in remote.tags.items() if commit == remote.commit and not operations]
     for name in [tag] if tag else [*tags, None]:
         card = make_card(folder, repo_id, existing, name, space, **known)
@@ -455,10 +455,10 @@ def _plan(
 def _cards(
     folder: Path, repo_id: str, remote: Remote, license: str | None, source: Source | None
 ) -> tuple[ModelCard | None, dict]:
-    """The card to renew, and metadata beyond its own.
+    """The card to renew, and further metadata.
 
-    Its text is the repository's, or the folder's if that was edited by hand; its metadata are both's, and the folder's
-    where they contradict each other.
+    Its text is the repository's, or the folder's if the folder's card was edited by hand. Its metadata are merged from
+    both cards; the folder's win.
     """
     existing, theirs = read_card(folder / CARD_FILE), None
     if CARD_FILE in remote.files:
@@ -481,7 +481,7 @@ def _cards(
 
 
 def _operations(folder: Path, repo_id: str, remote: Remote, source: Source | None) -> Iterator:
-    """What brings the repository to the folder's state, but for the card; nothing for files that are the same."""
+    """The operations that bring the repository to the folder's state, without the card; none for unchanged files."""
     copied = source.files if source else {}
     kept = {CARD_FILE, *copied}
     for path in _published_files(folder):
@@ -510,7 +510,7 @@ def _changed(additions: Iterable[CommitOperationAdd], remote: Remote) -> list[Co
 
 
 def _same(addition: CommitOperationAdd, file: RepoFile | None) -> bool:
-    """Whether a local file is the one on the Hub, by size and hash."""
+    """Whether a local file equals the file on the Hub, by size and hash."""
     if file is None or file.size != addition.upload_info.size:
         return False
     if file.lfs:
@@ -529,7 +529,7 @@ def _change(operation, remote: Remote, source: Source | None) -> Change:
 
 
 def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, settings: dict):
-    """Commit; where the Hub refuses to copy weights, they are downloaded and uploaded."""
+    """Make the commit. If the Hub refuses to copy weights, download and upload them."""
     with hub_errors(repo_id):
         try:
             return api.create_commit(repo_id, operations, **settings)
@@ -554,7 +554,7 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
 
 
 def _copy_refused(error: Exception) -> bool:
-    """Whether the Hub, or its client in advance, refuses to copy files from one repository to another."""
+    """Whether the error says that the Hub, or its client, refuses to copy files from another repository."""
     if isinstance(error, HfHubHTTPError):
         refused = error.response.status_code in (400, 403, 404, 405, 501)
         return refused and "/lfs-files/duplicate" in str(error.response.url)
@@ -562,7 +562,7 @@ def _copy_refused(error: Exception) -> bool:
 
 
 def _check_arrived(api: HfApi, repo_id: str, revision: str, operations: list, source: Source | None) -> None:
-    """See by size and hash that a commit did what it was to do."""
+    """Verify a commit: compare the files on the Hub by size and hash."""
     with hub_errors(repo_id):
         there = _files(api, repo_id, revision)
     for operation in operations:
@@ -582,7 +582,7 @@ def _is_copy(file: RepoFile | None, original: RepoFile) -> bool:
 
 
 def _find_collection(api: HfApi, collection: str | None) -> str | None:
-    """The slug of a collection that is there, from its slug or address."""
+    """The slug of an existing collection, from its slug or URL."""
     if collection is None:
         return None
     slug = _slug(collection)

@@ -1,4 +1,4 @@
-"""Scores of a package: evaluation.json, and what the Hub reads of it."""
+"""Scores of a package: evaluation.json, and the file that the Hub reads."""
 
 import json
 import logging
@@ -13,21 +13,21 @@ from shortv_llava.errors import ShortVError
 
 logger = logging.getLogger(__name__)
 
-RESULTS_SOURCE = "shortv evaluate"  # by which a card's metadata tell our results from others
+RESULTS_SOURCE = "shortv evaluate"  # marks our results in a card's metadata
 
 
 class Score(NamedTuple):
-    """What an evaluation found, an entry of evaluation.json. Intervals are (low, high), of 95% confidence.
+    """One result of an evaluation, an entry of evaluation.json. Intervals are (low, high), of 95% confidence.
 
     Args:
         data: name of the questions.
-        dataset: Hub id of the data set that they come from; None for a file of one's own.
-        metric: such as `accuracy` or `f1`.
-        score, interval: in percent, or in the metric's own points; no interval of a single picture's questions.
-        base_score, base_interval: the base model's, with the same code; None if it was not evaluated beside.
-        percent_of_base, percent_interval: the one score in percent of the other.
+        dataset: Hub id of the questions' data set; None for a file of one's own.
+        metric: name such as `accuracy` or `f1`.
+        score, interval: in percent, or in the metric's own points; no interval if all questions are about one picture.
+        base_score, base_interval: the base model's, with the same code; None if it was not evaluated.
+        percent_of_base, percent_interval: `score` in percent of `base_score`.
         date: ISO 8601.
-        note: how the model was loaded, if not as it is.
+        note: how the model was loaded, if not with the package's own settings.
     """
 
     data: str
@@ -48,7 +48,7 @@ def read_scores(folder: Path) -> list[Score]:
     """The scores of the package `folder`.
 
     Raises:
-        ShortVError: if its evaluation.json is none that `shortv evaluate` wrote.
+        ShortVError: if its evaluation.json does not have the format of `shortv evaluate`.
     """
     path = folder / EVALUATION_FILE
     try:
@@ -63,9 +63,9 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
-    """The scores on the Hub's data sets, as the Hub reads them from `.eval_results/`; None if there are none.
+    """The file in `.eval_results/` with the scores on the Hub's data sets, as the Hub reads it.
 
-    With a huggingface_hub that does not know that format, there are none either.
+    None if there are no such scores, or huggingface_hub does not support the format.
     """
     entries = [
         {
@@ -96,7 +96,7 @@ def eval_results_file(scores: Sequence[Score], repo_id: str) -> bytes | None:
 
 
 def scores_url(name: str) -> str:
-    """Where evaluation.json is to be seen: in a repository `owner/name`, or beside the card."""
+    """URL of evaluation.json: in the repository `owner/name`, or relative to the card."""
     return f"https://huggingface.co/{name}/blob/main/{EVALUATION_FILE}" if "/" in name else EVALUATION_FILE
 
 
