@@ -1,4 +1,4 @@
-"""LoRA adapters, LLaVA's and PEFT's: their tensors in the plan of the checkpoint they were trained on."""
+"""LoRA adapters, LLaVA's and PEFT's: merging their tensors into the plan of the checkpoint they were trained on."""
 
 import re
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from shortv_llava.checkpoint.tensors import LowRankUpdate, PlannedTensor, check_
 from shortv_llava.errors import ShortVError
 from shortv_llava.files.json_files import read_json
 
-# What PEFT, LLaVA and the versions of transformers put around a module's name; without these it is unique.
+# Parts that PEFT, LLaVA and versions of transformers add to a tensor's name. The name is unique without them.
 WRAPPERS = {"base_model", "base_layer", "default", "language_model", "model", "modules_to_save", "vision_model"}
-# Begins from the base's weights changed, which the adapter does not hold.
+# Values of `init_lora_weights` that do not change the base's weights; the adapter would lack such a change.
 INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -21,15 +21,15 @@ def is_adapter(folder: Path) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Name of a tensor without what wraps it, such as `layers.0.self_attn.q_proj.weight`."""
+    """Name of a tensor without WRAPPERS, such as `layers.0.self_attn.q_proj.weight`."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def base_folder(adapter: Path, base: Path | str | None) -> Path:
-    """The folder of what an adapter was trained on: `base`, a folder or Hub id, else the one that it names.
+    """The folder of an adapter's base: `base`, a folder or Hub id; by default the base that the adapter names.
 
     Raises:
-        ShortVError: if it names none, it cannot be had, or it is an adapter itself.
+        ShortVError: if the adapter names no base, the base cannot be fetched, or it is an adapter itself.
     """
     base = base or read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     folder = fetch_part(adapter, base, "base model", "pass --base-weights DIR|HUB_ID")
@@ -43,14 +43,14 @@ def with_adapter(
 ) -> dict[str, PlannedTensor]:
     """The plan of a base with an adapter merged into it.
 
-    LoRA's pairs become updates of their weights. What was trained as a whole (the projector, `modules_to_save`,
-    biases) takes the place of the base's tensor, in the base's dtype, or stands beside the others if there is none.
+    LoRA's pairs become updates of their weights. Tensors that were trained as a whole (the projector,
+    `modules_to_save`, biases) replace the base's tensors, in the base's dtype, or are added if the base has none.
 
     Args:
-        target_of: name in the plan of a tensor that the adapter names in its way.
+        target_of: maps the adapter's name of a tensor to its name in the plan.
 
     Raises:
-        ShortVError: if the adapter is of another kind than LoRA, incomplete, or does not fit the base.
+        ShortVError: if the adapter is no LoRA adapter, is incomplete, or does not fit the base.
     """
     settings = read_json(adapter / "adapter_config.json")
     check_settings(adapter, settings)
@@ -82,7 +82,7 @@ def with_adapter(
 
 
 def check_settings(adapter: Path, settings: dict) -> None:
-    """Refuse adapters whose merging is another than LoRA's."""
+    """Refuse adapters that are not merged by LoRA's formula."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ShortVError(f"{adapter}: its peft_type is {kind!r}; only LORA can be merged")
@@ -112,9 +112,9 @@ def low_rank_update(
     """PEFT's formula: B A times alpha / r, or alpha / sqrt(r) with `use_rslora`.
 
     Args:
-        module: the adapter's name of what is updated.
-        pair: "A" (r, in) and "B" (out, r), of an embedding (r, vocabulary) and (h, r).
-        weight: (out, in), of an embedding (vocabulary, h).
+        module: the adapter's name of the updated module.
+        pair: "A" (r, in) and "B" (out, r); for an embedding (r, vocabulary) and (h, r).
+        weight: (out, in); for an embedding (vocabulary, h).
     """
     down, up = pair["A"], pair["B"]
     rank = by_pattern(module, settings, "rank_pattern", "r")
@@ -135,7 +135,7 @@ def low_rank_update(
 
 
 def by_pattern(module: str, settings: dict, patterns: str, default: str) -> float:
-    """A number of adapter_config.json: that of the first of its `patterns` that fits the module, else its `default`."""
+    """A number of adapter_config.json: the value of the first of `patterns` that matches the module, else `default`."""
     name = re.sub(r"^base_model\.model\.", "", module)
     values = settings.get(patterns) or {}
     try:

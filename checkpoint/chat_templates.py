@@ -1,7 +1,7 @@
 """LLaVA's prompt formats as chat templates, under the names of its `conv_templates`.
 
-Pictures come first in a message, each followed by a line break, then the text. Answers end with the end token, as in
-training, so that a whole conversation may be rendered for it.
+Pictures come first in a message, each followed by a line break, then the text. Answers end with the end token, so that
+the templates can also render whole conversations for training.
 """
 
 from shortv_llava.chat.prompts import CHAT_SYSTEM, TUNING_SYSTEM
@@ -32,9 +32,10 @@ def vicuna(system: str) -> str:
 
 
 def headed(system: str, start: str, head_end: str, end: str, turn_end: str = "", beginning: str = "") -> str:
-    """Turns as `start` role `head_end` content `end`, `turn_end` between them, a system turn where none is given.
+    """A template that writes turns as `start` role `head_end` content `end`, with `turn_end` between turns.
 
-    The arguments are Jinja's texts without quotes, `beginning` is an expression.
+    `system` is the system turn if the conversation has none. The arguments are Jinja string contents without quotes;
+    `beginning` is a Jinja expression.
     """
     return CONTENT + (
         (f"{{{{ {beginning} }}}}" if beginning else "")
@@ -94,7 +95,7 @@ FORMATS = {
 
 
 def format_of(backbone: str, vocabulary) -> str | None:
-    """Name of the format that LLaVA tunes a language model with, by its `model_type` and its tokenizer's words."""
+    """Name of the format that LLaVA tunes a language model with, by its `model_type` and its tokenizer's vocabulary."""
     if "<|start_header_id|>" in vocabulary:
         return "llava_llama_3"
     if backbone in ("qwen2", "qwen3"):

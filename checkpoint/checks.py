@@ -1,4 +1,4 @@
-"""What a folder's model must pass before anything is copied or loaded: on the meta device, from headers."""
+"""Checks of a folder's model before anything is copied or loaded: on the meta device, from the files' headers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from shortv_llava.checkpoint.processors import process_probe
 from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json
 
-LOADING_FAULTS = {  # as transformers reports them, and in words
+LOADING_FAULTS = {  # key of transformers' report: message
     "missing_keys": "{} missing keys in the weights",
     "unexpected_keys": "{} unexpected keys in the weights",
     "mismatched_keys": "its weights do not fit its config.json, {} by their shape",
@@ -17,17 +17,17 @@ LOADING_FAULTS = {  # as transformers reports them, and in words
 
 
 def check_model(folder: Path, entries: dict, weights: bool = True):
-    """See, before anything is copied, that a checkpoint's model can be built and its weights fit it.
+    """Check, before anything is copied, that a checkpoint's model can be built and its weights fit it.
 
     Args:
-        entries: of its config.json.
-        weights: whether to read them too; only their headers are.
+        entries: entries of its config.json.
+        weights: whether to check the weights too; only their headers are read.
 
     Returns:
         The model, on the meta device.
 
     Raises:
-        ShortVError: if the model is none that ShortV knows, or a weight file is damaged or of another model.
+        ShortVError: if ShortV does not support the model, or a weight file is damaged or belongs to another model.
     """
     model = model_without_weights(folder, config_object(entries))
     if weights:
@@ -36,7 +36,7 @@ def check_model(folder: Path, entries: dict, weights: bool = True):
 
 
 def _check_weights(folder: Path) -> None:
-    """See by name and shape that the weights in a folder are those of the model that its config.json describes."""
+    """Check by name and shape that the weights in a folder belong to the model that its config.json describes."""
     import torch
 
     from shortv_llava.checkpoint.tensors import unpacked_shapes, weight_files
@@ -50,7 +50,7 @@ def _check_weights(folder: Path) -> None:
     shapes = stored_shapes_of(folder)
     if by_bitsandbytes:
         shapes = unpacked_shapes(weight_files(folder), shapes)
-    # Libraries that quantise load no weights onto the meta device, so the plain model takes tensors of these shapes.
+    # Quantisation libraries load no weights onto the meta device, so the unquantised model loads these shapes.
     states = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with quiet():
         model, info = class_of(config.model_type).from_pretrained(
@@ -63,7 +63,7 @@ def _check_weights(folder: Path) -> None:
         )
     info["mismatched_keys"] = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     if quantisation and not by_bitsandbytes:
-        # Other libraries put parts of their own in place of a linear layer's weight, or beside it.
+        # Other libraries replace a linear layer's weight by tensors of their own, or add some.
         linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         parts = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] in linear}
         quantised = {f"{key.rpartition('.')[0]}.weight" for key in parts}
@@ -75,14 +75,14 @@ def stored_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a checkpoint's tensors by name, from the headers of its files.
 
     Raises:
-        ShortVError: if a file that loading reads is missing, damaged or holds something else.
+        ShortVError: if a weight file is missing, is damaged, or holds something else than tensors.
     """
     from shortv_llava.checkpoint.tensors import stored_shapes, weight_files, weight_index
 
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")
     shapes = stored_shapes(weight_files(folder))
-    if index := weight_index(folder):  # transformers 4 believes what it names
+    if index := weight_index(folder):  # transformers 4 does not check its entries
         missing = sorted(read_json(index)["weight_map"].keys() - shapes.keys())
         if missing:
             raise ShortVError(f"{index}: names {missing[0]}, which its file does not hold; get the files again")
@@ -90,7 +90,7 @@ def stored_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_loading(folder: Path, info: dict) -> None:
-    """Raises ShortVError if tensors are missing, left over or of another shape, as transformers reports it."""
+    """Raises ShortVError if transformers reports missing or unexpected tensors, or tensors of another shape."""
     for kind, fault in LOADING_FAULTS.items():
         if info[kind]:
             first = sorted(map(str, info[kind]))[0]
@@ -98,10 +98,10 @@ def check_loading(folder: Path, info: dict) -> None:
 
 
 def model_without_weights(folder: Path, config):
-    """The model of a configuration, that of the checkpoint `folder`, on the meta device.
+    """The model of `config`, the configuration of the checkpoint `folder`, on the meta device.
 
     Raises:
-        ShortVError: if it is none that ShortV knows.
+        ShortVError: if ShortV does not support the model.
     """
     import torch
 
@@ -111,11 +111,11 @@ def model_without_weights(folder: Path, config):
 
 
 def check_pictures(folder: Path, model, processor) -> None:
-    """See that the model takes a picture as the processor gives it, and makes of it what the prompt has room for.
+    """Check that the model accepts the processor's pixels, and makes as many visual tokens as the prompt has.
 
     Args:
         folder: the checkpoint, for the message.
-        model: on the meta device, so that nothing is computed but shapes.
+        model: the model on the meta device, so that only shapes are computed.
 
     Raises:
         ShortVError: if it does not.
@@ -144,7 +144,7 @@ def check_pictures(folder: Path, model, processor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and reports of transformers' loading; what is wrong is said in one line."""
+    """Suppress progress bars and reports of transformers' loading; our own errors say what is wrong."""
     from transformers.utils import logging as reports
 
     verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()

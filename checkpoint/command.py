@@ -1,4 +1,4 @@
-"""`shortv package`: from options to a package."""
+"""`shortv package`: its options, and making the package."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -45,7 +45,7 @@ class PackageOptions:
     overwrite: Overwrite = False
 
     def check(self) -> None:
-        """Raises [`ShortVError`] for what can be told before anything is fetched or loaded."""
+        """Raises [`ShortVError`] for wrong options, before anything is fetched or loaded."""
         from shortv_llava.checkpoint.package import check_output
         from shortv_llava.checkpoint.processors import read_template
         from shortv_llava.checkpoint.published import parse_layers

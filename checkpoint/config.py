@@ -8,17 +8,17 @@ from shortv_llava.files.json_files import read_json
 
 STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
 MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
-# The configuration's lists, and what each freezes of a layer.
+# The configuration's lists of layers, and the part of a layer that each freezes.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
-CORRECTION = ("correction_rank", "corrected_layers")  # likewise, of a package with corrections
+CORRECTION = ("correction_rank", "corrected_layers")  # further keys of a package with corrections
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a LLaVA checkpoint or package, as written there.
+    """The entries of config.json of a LLaVA checkpoint or package, unchanged.
 
     Raises:
-        ShortVError: if there is none, or it is another model's.
+        ShortVError: if there is no config.json, or it describes another kind of model.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -33,12 +33,12 @@ def read_config(folder: Path) -> dict:
 
 
 def own_type(entries: dict) -> str:
-    """ShortV's model type for a config.json's entries, those of a plain LLaVA or of a package."""
+    """ShortV's model type for a config.json's entries, of a plain LLaVA or of a package."""
     return MODEL_TYPES.get(entries["model_type"], entries["model_type"])
 
 
 def class_of(model_type: str) -> type:
-    """The class of models of one of ShortV's types."""
+    """The model class of one of ShortV's model types."""
     from shortv_llava import MODEL_CLASSES
 
     return next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
@@ -54,7 +54,7 @@ def config_object(entries: dict):
 
     model_type = own_type(entries)
     config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
-    return config_class.from_dict(copy.deepcopy(entries | {"model_type": model_type}))  # reading changes them
+    return config_class.from_dict(copy.deepcopy(entries | {"model_type": model_type}))  # from_dict changes them
 
 
 def package_config(base_config: dict, **settings) -> dict:

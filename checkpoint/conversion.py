@@ -1,11 +1,11 @@
-"""Original LLaVA checkpoints to the Hugging Face layout: a plan over tensors, carried out one shard at a time.
+"""Convert original LLaVA checkpoints to the Hugging Face layout: plan all tensors, then write one shard at a time.
 
-The original layout (liuhaotian/llava-v1.5-7b, lmms-lab/llava-onevision-qwen2-7b-ov and their kin) is a language
+The original layout (liuhaotian/llava-v1.5-7b, lmms-lab/llava-onevision-qwen2-7b-ov and the like) is a language
 model's checkpoint with `model.mm_projector`, `model.image_newline` and sometimes `model.vision_tower` among its
-tensors; otherwise `mm_vision_tower` in config.json names the CLIP or SigLIP tower. LoRA adapters, LLaVA's and
-PEFT's, are merged into their base on the way. Every name, shape and dtype is checked before the first byte is
-written; weights go from source to output unchanged, but for an adapter's updates, new rows of the embeddings and a
-separate tower's dtype.
+tensors. Without `model.vision_tower`, `mm_vision_tower` in config.json names the CLIP or SigLIP tower. LoRA adapters,
+LLaVA's and PEFT's, are merged into their base. Every name, shape and dtype is checked before the first byte is
+written. Weights are not changed, except for an adapter's updates, new rows of the embeddings and the dtype of a
+separate tower.
 """
 
 import ast
@@ -55,13 +55,13 @@ TOWERS = {
     "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
     "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
 }
-# What stands for visual input, in the order in which the llava-hf checkpoints add it.
+# Tokens that stand for visual input, in the order in which the llava-hf checkpoints add them.
 VISUAL_TOKENS = {"llava_next_video": ("<video>", "<image>"), "llava_onevision": ("<image>", "<video>")}
 EMBEDDINGS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 VISION_PREFIX = "vision_tower.vision_model."
 PAD_VOCABULARY_TO = 64  # as the llava-hf checkpoints
 
-# What a text configuration takes over from LLaVA's flat one; the rest of that is LLaVA's own or training's.
+# Keys that a text configuration takes from LLaVA's flat configuration; other keys are for LLaVA or for training.
 REQUIRED_TEXT_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_TEXT_KEYS = (
     *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_scaling"),
@@ -76,7 +76,7 @@ VISION_KEYS = (
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of the tokens that stand for an image, for a video, in families that take those, and for padding."""
+    """Ids of the image token, the video token (in families with videos) and the padding token."""
 
     image: int
     video: int | None
@@ -93,7 +93,7 @@ def is_original(folder: Path) -> bool:
     if not path.is_file():
         return False
     config = read_json(path)
-    return "mm_vision_tower" in config and "vision_config" not in config  # model_type "llava" is both layouts' name
+    return "mm_vision_tower" in config and "vision_config" not in config  # both layouts have model_type "llava"
 
 
 def must_convert(folder: Path) -> bool:
@@ -117,20 +117,20 @@ def convert(
     and the embeddings grow to a multiple of 64 rows.
 
     Args:
-        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and perhaps a tokenizer; or a
+        source: folder with config.json, weights (.safetensors or .bin, sharded or not) and optionally a tokenizer; or a
             LoRA adapter, LLaVA's with its config.json and `non_lora_trainables.bin` or PEFT's for either layout.
-        output: a folder of the caller's own; on an error it may be left half written.
-        vision_tower: folder or Hub id of the vision tower; by default what config.json calls `mm_vision_tower`. Where
-            the checkpoint holds the tower's weights, only the configuration is taken from here.
-        base_weights: folder or Hub id of what an adapter was trained on, a LLaVA or a plain language model; by default
-            the one its adapter_config.json names.
+        output: a folder that the caller cleans up; on an error it may be left half written.
+        vision_tower: folder or Hub id of the vision tower; by default `mm_vision_tower` of config.json. If the
+            checkpoint holds the tower's weights, only the configuration is read from here.
+        base_weights: folder or Hub id of an adapter's base, a LLaVA or a plain language model; by default the base
+            that its adapter_config.json names.
 
     Returns:
-        What the user should know of the result, one line each; empty when the output is complete.
+        Notes for the user, one line each; empty when the output is complete.
 
     Raises:
         ShortVError: if the source is no such checkpoint, is damaged, incomplete or holds anything but tensors, or if
-            the vision tower or the adapter's base cannot be had.
+            the vision tower or the adapter's base cannot be fetched.
     """
     source, output, notes = Path(source), Path(output), []
     adapter = source if is_adapter(source) else None
@@ -167,7 +167,8 @@ def convert(
 def merge(adapter: Path, base: Path, output: Path) -> list[str]:
     """Write a checkpoint in the Hugging Face layout, `base`, with the PEFT adapter of a folder merged into it.
 
-    Tensors keep the base's names and dtypes; the processor is the adapter's where it has one. As for [`convert`].
+    Tensors keep the base's names and dtypes. If the adapter has a processor, it replaces the base's. Returns and raises
+    as [`convert`].
     """
     plan = plan_tensors(weight_files(base), lambda name: name)
     check_dtypes(plan)
@@ -175,7 +176,7 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
     for name in plan:
         if names.setdefault(plain_name(name), name) != name:
             raise ShortVError(f"{base}: holds {name} and {names[plain_name(name)]}, one tensor under two names")
-    # A name that is not found is left as it is for the check.
+    # A name that is not found stays unchanged, and the check reports it.
     merged = with_adapter(plan, adapter, lambda name: names.get(plain_name(name), name))
     for target, tensor in merged.items():
         if target not in plan:
@@ -184,16 +185,16 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
     write_weights(output, merged, {}, "Merging")
     copy_files(base, output, ("config.json", CARD_FILE, *OTHER_PATTERNS, *PROCESSOR_PATTERNS))
     if any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        copy_files(adapter, output, PROCESSOR_PATTERNS)  # a whole one, as it was trained with
+        copy_files(adapter, output, PROCESSOR_PATTERNS)  # a complete processor, used in training
     return []
 
 
 def check_presence(source: Path, weights: Path) -> None:
-    """Refuse what lacks a language model, or is no base in LLaVA's layout, in words of its own.
+    """Refuse a source without a language model, or a base in another layout, each with its own message.
 
     Args:
-        source: where config.json is, in the original layout.
-        weights: where the language model is; the same, or the base of an adapter.
+        source: folder of config.json, in the original layout.
+        weights: folder of the language model: `source`, or an adapter's base.
     """
     if source == weights and (source / "mm_projector.bin").is_file() and not has_weights(source):
         what = "holds a projector alone (mm_projector.bin), as LLaVA's pretraining leaves it"
@@ -213,7 +214,7 @@ def checkpoint_target(name: str) -> str | None:
         return "image_newline"
     if name.startswith("model.vision_tower.vision_tower."):
         return vision_target(name.removeprefix("model.vision_tower.vision_tower."))
-    name = name.replace("model.vision_resampler.mm_projector.", "model.mm_projector.")  # of the first video models
+    name = name.replace("model.vision_resampler.mm_projector.", "model.mm_projector.")  # name in the first video models
     for number, layer in ((0, "linear_1"), (2, "linear_2")):
         if name.startswith(f"model.mm_projector.{number}."):
             return name.replace(f"model.mm_projector.{number}", f"multi_modal_projector.{layer}")
@@ -221,20 +222,20 @@ def checkpoint_target(name: str) -> str | None:
 
 
 def original_name(name: str) -> str:
-    """Name in the original checkpoint of a tensor of an adapter, which PEFT and LLaVA wrap in prefixes."""
+    """Name in the original checkpoint of an adapter's tensor, without the prefixes that PEFT and LLaVA add."""
     name = plain_name(name)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def tower_target(name: str) -> str | None:
-    """Name in the output of a tensor of a vision model, or of one with a text half, which is left out."""
+    """Name in the output of a vision model's tensor; None for the text half of CLIP or SigLIP, which is left out."""
     others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
     return None if name.startswith(others) else vision_target(name)
 
 
 def vision_target(name: str) -> str | None:
     name = name.removeprefix("vision_model.")  # transformers 5 saves a tower without it
-    return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA takes SigLIP's patches, not its summary
+    return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA uses SigLIP's patches, not its pooled output
 
 
 def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path | str | None) -> tuple[Path, dict]:
@@ -257,18 +258,18 @@ def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path 
 def complete_plan(
     plan: dict[str, PlannedTensor], adapter: Path | None, config: dict, family: str
 ) -> dict[str, PlannedTensor]:
-    """The plan with an adapter merged, a tied head written out, and without what the family does not read."""
+    """The plan with the adapter merged and a tied head written out, without tensors that the family does not read."""
     if adapter:
         plan = with_adapter(plan, adapter, lambda name: checkpoint_target(original_name(name)))
     if config.get("tie_word_embeddings") and LM_HEAD not in plan and EMBEDDINGS in plan:
         plan[LM_HEAD] = plan[EMBEDDINGS]  # written out: transformers 4 and 5 do not agree on how LLaVA is tied
     if family == "llava":
-        plan.pop("image_newline", None)  # LLaVA reads it for tiled images alone
+        plan.pop("image_newline", None)  # LLaVA reads it only for tiled images
     return plan
 
 
 def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_inside: bool) -> None:
-    """Leave out SigLIP's last layer, which LLaVA cuts off; a checkpoint that holds the tower holds it cut."""
+    """Leave out SigLIP's last layer, as LLaVA does; in a checkpoint that holds the tower it is left out already."""
     last = vision_config["num_hidden_layers"] - 1
     targets = [target for target in plan if target.startswith(f"{VISION_PREFIX}encoder.layers.{last}.")]
     if not (targets and tower_inside):
@@ -278,7 +279,7 @@ def drop_last_layer(plan: dict[str, PlannedTensor], vision_config: dict, tower_i
 
 
 def expected_shapes(source: Path, text_config: dict, vision_config: dict, family: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor the output must have, before the vocabulary grows: from models without storage."""
+    """Shape of every tensor the output must have, before the vocabulary grows, from a model on the meta device."""
     with one_line(lambda error: f"{source}: its config.json or the vision tower's fits no model ({first_line(error)})"):
         with torch.device("meta"):
             language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_config)).state_dict()
@@ -311,7 +312,7 @@ def check_plan(source: Path, plan: dict[str, PlannedTensor], expected: dict[str,
 
 
 def draw_new_rows(embeddings: PlannedTensor, number: int) -> dict[str, torch.Tensor]:
-    """Rows of new tokens by the tensor that they go to, the embeddings and the head; see [`draw_rows`]."""
+    """Rows of new tokens for the embeddings and the head, by name of the tensor; see [`draw_rows`]."""
     if not number:
         return {}
     with open_shard(embeddings.file) as stored:
@@ -322,8 +323,8 @@ def draw_new_rows(embeddings: PlannedTensor, number: int) -> dict[str, torch.Ten
 def draw_rows(embeddings: torch.Tensor, number: int) -> torch.Tensor:
     """Draw rows for new tokens: normal, with the mean of `embeddings` (V, h) and 1e-5 of their covariance.
 
-    A draw is mean + sqrt(1e-5 / V) * sum over i of z_i (embedding_i - mean), z standard normal: the covariance matrix
-    itself is never needed. Returns (number, h), float64, the same on every call.
+    A draw is mean + sqrt(1e-5 / V) * sum over i of z_i (embedding_i - mean), z standard normal, without computing the
+    covariance matrix. Returns (number, h), float64, the same on every call.
     """
     vocab_size = len(embeddings)
     draws = torch.randn(number, vocab_size, generator=torch.Generator().manual_seed(0))
@@ -390,14 +391,14 @@ def backbone_of(source: Path, config: dict) -> str:
 
 
 def text_config_of(source: Path, config: dict, backbone: str) -> dict:
-    """Plain keys that transformers 4 and 5 both read."""
+    """The text configuration, with keys that transformers 4 and 5 both read."""
     missing = [key for key in REQUIRED_TEXT_KEYS if key not in config]
     if missing:
         raise ShortVError(f"{source}: its config.json does not give {', '.join(missing)}")
     return {
         "model_type": backbone,
         **{key: config[key] for key in (*REQUIRED_TEXT_KEYS, *OPTIONAL_TEXT_KEYS) if key in config},
-        # Configurations from before these keys; the classes' defaults differ from what was meant.
+        # Older configurations lack these keys, and the classes' defaults differ from the values then.
         "num_key_value_heads": config.get("num_key_value_heads", config["num_attention_heads"]),
         "rope_theta": config.get("rope_theta", 10000.0),
         "tie_word_embeddings": False,
@@ -405,7 +406,7 @@ def text_config_of(source: Path, config: dict, backbone: str) -> dict:
 
 
 def model_config_of(source: Path, config: dict, family: str, text_config: dict, vision_config: dict) -> dict:
-    """The configuration of the whole model, but for its special tokens and dtype."""
+    """The configuration of the whole model, without its special tokens and dtype."""
     layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
     if vision_config["model_type"] == "siglip_vision_model":
         layer, feature = -1, "cls_patch"  # LLaVA cut the tower for it; all patches, for there is no class token
@@ -440,7 +441,7 @@ def model_config_of(source: Path, config: dict, family: str, text_config: dict, 
 
 
 def add_tokens(model_config: dict, tokens: SpecialTokens) -> int:
-    """Name the special tokens in the configuration and let the vocabulary grow. Returns the number of new rows."""
+    """Set the special tokens in the configuration and enlarge the vocabulary. Returns the number of new rows."""
     text_config = model_config["text_config"]
     before = text_config["vocab_size"]
     rows = max(before, *(1 + number for number in tokens if number is not None))
@@ -455,8 +456,8 @@ def add_tokens(model_config: dict, tokens: SpecialTokens) -> int:
 def grid_pinpoints(source: Path, config: dict, image_size: int) -> list[list[int]]:
     """(height, width) of every tiling.
 
-    LLaVA gives (width, height), sometimes as the text of a Python list; or all from the first to the last in tiles of
-    `image_size`, such as `(1x1),...,(6x6)`.
+    LLaVA's configurations have (width, height), sometimes as the text of a Python list. A range such as
+    `(1x1),...,(6x6)` stands for all tilings between, counted in tiles of `image_size`.
     """
     pinpoints = config.get("image_grid_pinpoints")
     try:
@@ -472,7 +473,7 @@ def grid_pinpoints(source: Path, config: dict, image_size: int) -> list[list[int
 
 
 def write_generation_config(source: Path, output: Path, model_config: dict) -> None:
-    """The tokens that begin, end and pad; how to sample is left to the user."""
+    """Write the ids of begin, end and padding tokens; sampling settings are left to the user."""
     path = source / "generation_config.json"
     given = model_config["text_config"] | (read_json(path) if path.is_file() else {})
     tokens = {key: given[key] for key in ("bos_token_id", "eos_token_id") if key in given}
@@ -490,14 +491,14 @@ def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, 
         ids = {token: number for number, token in enumerate((*visual, "<pad>"), start=text_config["vocab_size"])}
         return SpecialTokens(ids["<image>"], ids.get("<video>"), ids["<pad>"])
 
-    # AutoTokenizer would rebuild a tokenizer.json by its class, each version of transformers in its own way.
+    # AutoTokenizer would rebuild a tokenizer.json by its class, and the result depends on transformers' version.
     ready = (source / "tokenizer.json").is_file()
     hint = "get tokenizer.json again" if ready else "try pip install sentencepiece protobuf"
     with one_line(lambda error: f"{source}: its tokenizer cannot be read ({first_line(error)}); {hint}"):
         if ready:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         else:
-            # LLaVA tokenizes the text after an image by itself, so with a leading space; that is what `legacy` does.
+            # LLaVA tokenizes the text after an image separately, so with a leading space; `legacy` does the same.
             backbone = AutoConfig.for_model(text_config["model_type"])
             tokenizer = AutoTokenizer.from_pretrained(source, config=backbone, legacy=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
@@ -513,7 +514,7 @@ def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, 
     write_json(
         output / "tokenizer_config.json",
         {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
+            "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
             **{name: token for name, token in special.items() if token is not None},
             "model_max_length": tokenizer.model_max_length,
             "padding_side": "left",  # as generation in batches needs it
@@ -526,14 +527,14 @@ def write_tokenizer(source: Path, output: Path, text_config: dict, family: str, 
 
 
 def write_processor(tower: Path, output: Path, model_config: dict, config: dict, notes: list[str]) -> None:
-    """Write the image processor, and where there is one the video processor, and what LLaVA's processor adds."""
+    """Write the settings of the image processor, of the video processor if there is one, and of LLaVA's processor."""
     family, vision_config = model_config["model_type"], model_config["vision_config"]
     siglip = vision_config["model_type"] == "siglip_vision_model"
     padded = family == "llava" and config.get("image_aspect_ratio") == "pad"
     images = image_settings(tower, vision_config, crop=not siglip or padded, notes=notes)
     videos = None
     if padded:
-        # Pads to a square in the mean colour; with `crop_size` in the settings nothing is cropped then.
+        # LlavaImageProcessor pads to a square in the mean colour, and then crops nothing despite `crop_size`.
         images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     elif family == "llava":
         images["image_processor_type"] = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
@@ -566,9 +567,9 @@ def write_processor(tower: Path, output: Path, model_config: dict, config: dict,
 
 
 def image_settings(tower: Path, vision_config: dict, crop: bool, notes: list[str]) -> dict:
-    """How LLaVA makes pixels of an image: for CLIP by the tower's own settings, for SigLIP by its own.
+    """LLaVA's settings for preprocessing images: for CLIP the tower's settings, for SigLIP LLaVA's own.
 
-    `crop`: resize the shorter side and cut out the centre; else resize both sides.
+    `crop`: resize the shorter side and crop the centre; else resize both sides.
     """
     side = vision_config["image_size"]
     square = {"height": side, "width": side}
@@ -586,7 +587,7 @@ def image_settings(tower: Path, vision_config: dict, crop: bool, notes: list[str
         settings |= {key: value for key, value in read_json(path).items() if key in settings}
     else:
         notes.append(f"{tower}: has no preprocessor_config.json; the image processor got CLIP's usual settings")
-    if isinstance(settings["size"], int):  # as CLIP's first configurations
+    if isinstance(settings["size"], int):  # as in CLIP's first configurations
         settings["size"] = {"shortest_edge": settings["size"]}
     if isinstance(settings.get("crop_size"), int):
         settings["crop_size"] = dict.fromkeys(("height", "width"), settings["crop_size"])

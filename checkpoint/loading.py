@@ -1,4 +1,4 @@
-"""Models as commands use them: loaded from a folder or the Hub, by one process or several."""
+"""Load models for the commands, from a folder or the Hub, in one process or several."""
 
 import functools
 import importlib.util
@@ -23,10 +23,11 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
 
     Args:
         load_in_4bit, load_in_8bit: quantise the language model through bitsandbytes, as the original code does.
-        kwargs: of `from_pretrained`, such as `dtype` and `device_map`.
+        kwargs: arguments of `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
-        ShortVError: if the folder is none of the kind, tensors are missing or left over, or bitsandbytes is missing.
+        ShortVError: if the folder is no checkpoint or package, tensors are missing or unexpected, or bitsandbytes is
+            missing.
     """
     from transformers import BitsAndBytesConfig
 
@@ -56,14 +57,14 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
 
 @functools.cache
 def cache_name() -> str:
-    """The keyword argument by which models take a cache, `past_key_values` before transformers 5.24."""
+    """Name of the keyword argument for the cache, `past_key_values` before transformers 5.24."""
     from transformers import LlamaModel
 
     return "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Loaded(NamedTuple):
-    """What [`load`] finds. `package_layers`: the package's own three lists, whatever is replaced now."""
+    """What [`load`] returns. `package_layers`: the package's own three lists of layers, even if others are replaced."""
 
     model: Any
     processor: Any
@@ -81,13 +82,13 @@ def load(
 ) -> Loaded:
     """The model and processor of a folder or Hub id.
 
-    The layers are those of `replaced_layers` (see [`parse_layers`]), else the package's own, else, for a plain LLaVA
-    checkpoint, those of the environment variable REPLACED_LAYERS, else none. Without a device map the model goes to
-    [`own_device`]. The processor is put right and perhaps pads, see [`write_processor`].
+    `replaced_layers` sets the layers (see [`parse_layers`]). By default they are the package's own; for a plain LLaVA
+    checkpoint the environment variable REPLACED_LAYERS sets them, else there are none. Without a device map the model
+    goes to [`own_device`]. The processor's files are corrected and it may pad, see [`write_processor`].
 
     Raises:
-        ShortVError: if there is no such model, or no library to quantise it.
-        ValueError: if the layers do not fit it.
+        ShortVError: if there is no such model, or the library to quantise it is missing.
+        ValueError: if the layers do not fit the model.
     """
     folder = find_checkpoint(base)
     config = read_config(folder)

@@ -1,7 +1,7 @@
-"""Package folders: what one holds, how it is made from a LLaVA checkpoint, and how it is loaded.
+"""Package folders: their files, and how a package is made from a LLaVA checkpoint.
 
-Weights are linked or copied as they are, never loaded and saved again, so that their tensors keep the names that
-every engine knows. Only checkpoints in the original LLaVA layout are converted.
+Weights are linked or copied unchanged, never loaded and saved again, so tensors keep the names that all engines know.
+Only checkpoints in the original LLaVA layout are converted.
 """
 
 import logging
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
 EVALUATION_FILE = "evaluation.json"  # scores, for the card
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-CORRECTION_FILE = "correction.safetensors"  # what is fitted, beside the base's files
-SHARD = "model-00001-of-00001.safetensors"  # the base's single file's name beside an index, which it would hide
-# What a package was made with before goes where layers are given by hand: they are not what it tells of.
+CORRECTION_FILE = "correction.safetensors"  # fitted corrections, beside the base's files
+SHARD = "model-00001-of-00001.safetensors"  # new name of a base's single file: model.safetensors would hide an index
+# Settings to reset if layers are given by hand: the old calibration does not describe these layers.
 BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
 BY_HAND |= {"corrections": {}}
 
 
 def check_output(output: Path, overwrite: bool, base: Path | None = None) -> None:
-    """Refuse, before any work, an output folder that must not or cannot be written, see [`check_folder`]."""
+    """Before any work, refuse an output folder that must not or cannot be written, see [`check_folder`]."""
     try:
         is_package = read_config(output)["model_type"] in MODEL_TYPES.values()
-    except (ShortVError, OSError):  # which is told below
+    except (ShortVError, OSError):  # reported below
         is_package = False
     check_folder(output, overwrite, is_package, base)
 
@@ -57,23 +57,24 @@ def write_package(
 ) -> None:
     """Make the package `output` from the checkpoint `base`, with ShortV's `settings` in config.json.
 
-    Model and processor are tried before any weights are copied. What was put right is told as warnings.
+    Model and processor are checked before any weights are copied. Corrections of processor files are logged as
+    warnings.
 
     Args:
         base: a checkpoint in the Hugging Face layout; one in the original LLaVA layout is converted, an adapter merged.
-        weights: whether the package holds them; if not, they are copied from the base when it is pushed.
+        weights: whether the package holds the weights; if not, `push` copies them from the base.
         base_model: Hub id of the base, for the model card; known for a folder of the Hub's cache.
-        license: of the weights, for the model card, where the base does not tell.
+        license: licence of the weights, for the model card, if the base names none.
         vision_tower, base_weights: as for [`find_checkpoint`].
-        chat_template, image_aspect_ratio: of the package's processor, see [`write_processor`].
-        corrections: tensors of fitted corrections, by name, in place of those that the base may have.
-        write_more: writes further files into the folder before it takes its place; the model card knows of them.
+        chat_template, image_aspect_ratio: settings of the package's processor, see [`write_processor`].
+        corrections: tensors of fitted corrections, by name; they replace corrections of the base.
+        write_more: writes further files into the temporary folder, before the model card is made.
 
     Raises:
-        ShortVError: if the base is no LLaVA checkpoint with weights, of safetensors for corrections, could not answer,
-            or the output must not be written.
+        ShortVError: if the base is no LLaVA checkpoint with weights (safetensors if there are corrections), could not
+            answer, or the output must not be written.
         ValueError: if the layers do not fit the model.
-        OSError: if writing fails; nothing is left then.
+        OSError: if writing fails; no output is left then.
     """
     from shortv_llava.hub.card import write_card
     from shortv_llava.hub.metadata import base_metadata
@@ -101,11 +102,11 @@ def write_package(
 def _checked(
     base: Path, output: Path, overwrite: bool, weights: bool, with_corrections: bool, settings: dict
 ) -> tuple[dict | None, Any, Any]:
-    """What can be wrong with [`write_package`]'s arguments, told before any long work.
+    """Check [`write_package`]'s arguments before any long work.
 
     Returns:
-        The entries of config.json, None for a checkpoint that is to be converted; the card of the package that is
-        replaced; the model on the meta device, None as the first.
+        The entries of config.json, None for a checkpoint that must be converted; the card of the package that is
+        replaced; the model on the meta device, None for a checkpoint that must be converted.
     """
     from shortv_llava.checkpoint.conversion import is_original, must_convert
 
@@ -142,7 +143,7 @@ def _card_before(output: Path):
 def _put_processor(
     base: Path, source: Path, target: Path, model, chat_template: str | None, image_aspect_ratio: str
 ) -> None:
-    """Write the processor of `source` into `target` and try it with the model; tell what was put right in the base."""
+    """Write the processor of `source` into `target`, check it with the model, and log corrections of its files."""
     processor, notes = write_processor(source, target, model.config, chat_template, image_aspect_ratio)
     if processor is not None:
         check_pictures(base, model, processor)
@@ -151,7 +152,7 @@ def _put_processor(
 
 
 def _put_weights(base: Path, target: Path, weights: bool) -> None:
-    """Link or copy the weights of a checkpoint, or where they come later their index alone."""
+    """Link or copy the weights of a checkpoint; without `weights` only their index."""
     from shortv_llava.checkpoint.tensors import weight_files, weight_index
 
     for path in weight_files(base) if weights else ():
@@ -161,10 +162,10 @@ def _put_weights(base: Path, target: Path, weights: bool) -> None:
 
 
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
-    """Put tensors beside the weights of a folder, in a file of their own and in the index.
+    """Add tensors to the weights of a folder, in a separate file and in the index.
 
     Raises:
-        ShortVError: if the weights are no safetensors.
+        ShortVError: if the weights are not in safetensors files.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -180,10 +181,10 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
         raise ShortVError(
             "corrections go beside safetensors, and the base's weights are .bin files: convert those first"
         )
-    (folder / CORRECTION_FILE).unlink(missing_ok=True)  # the base's
+    (folder / CORRECTION_FILE).unlink(missing_ok=True)  # the base's corrections
     if tensors:
         save_file(tensors, folder / CORRECTION_FILE, {"format": "pt"})
     kept = {name: file for name, file in found["weight_map"].items() if file != CORRECTION_FILE}
     found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)
-    found.get("metadata", {}).pop("total_size", None)  # the base's
+    found.get("metadata", {}).pop("total_size", None)  # the base's size
     write_json(index, found)

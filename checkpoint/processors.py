@@ -1,7 +1,7 @@
-"""The processor of a checkpoint: its files put right, loaded, and asked for a prompt with a picture.
+"""The processor of a checkpoint: correct its files, load it, and check its prompt for a picture.
 
-Files of real checkpoints often lack what processors need: settings that stand in config.json, a chat template that
-takes pictures. A package gets the files put right; a plain checkpoint is used as its package would be.
+Files of real checkpoints often lack settings that processors need, such as those of config.json or a chat template
+with pictures. A package gets corrected files; a plain checkpoint is used as if its files were corrected.
 """
 
 import copy
@@ -44,10 +44,10 @@ PROCESSOR_CLASSES = {
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_next_video": "LlavaNextVideoProcessor",
 }
-# Of these, transformers takes tokenizer.json as it stands, whatever class tokenizer_config.json names; it lists them in
-# MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. Of model types that it does not know, it would rebuild the tokenizer.
+# For these model types transformers uses tokenizer.json unchanged, whatever class tokenizer_config.json names; see its
+# MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. For model types that it does not know, it would rebuild the tokenizer.
 TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "vipllava")
-# What cuts pictures into tiles; the other families take whatever gives one picture.
+# Image processors that cut pictures into tiles; other families work with any image processor without tiles.
 IMAGE_PROCESSORS_OF_TILES = {
     "llava_next": "LlavaNextImageProcessor",
     "llava_next_video": "LlavaNextImageProcessor",
@@ -60,18 +60,18 @@ PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
 def write_processor(
     base: Path, target: Path, config, chat_template: str | None = None, image_aspect_ratio: str = "base"
 ) -> tuple[Any, list[str]]:
-    """Write the processor files of the checkpoint `base` into `target`, put right, and try them.
+    """Write the processor files of the checkpoint `base` into `target`, corrected, and check them.
 
     Args:
         target: a folder whose config.json is written already; may be `base`.
-        config: the checkpoint's configuration, ShortV's.
-        chat_template: a name of FORMATS or a file; by default the checkpoint's own, and where that takes no pictures
-            the one that LLaVA tunes such a language model with.
-        image_aspect_ratio: `pad` to have pictures padded to a square as LLaVA-1.5 does, where the processor crops them;
-            `crop` to have them cropped where it pads them; `base` to leave them to it.
+        config: the checkpoint's ShortV configuration.
+        chat_template: a name of FORMATS or a file; by default the checkpoint's own, or if that has no pictures, the
+            template that LLaVA tunes such a language model with.
+        image_aspect_ratio: `pad` pads pictures to a square as LLaVA-1.5 does if the processor crops them; `crop` crops
+            them if it pads them; `base` keeps the processor's setting.
 
     Returns:
-        The processor, None if there is no tokenizer or a library is missing, and what was put right, a line each.
+        The processor, None if there is no tokenizer or a library is missing; and the corrections, a line each.
 
     Raises:
         ShortVError: if the processor cannot be loaded, or gives no prompt with a picture.
@@ -109,11 +109,11 @@ def write_processor(
 
 
 def load_processor(folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"):
-    """The processor of a checkpoint or package folder, its files put right, see [`write_processor`].
+    """The processor of a checkpoint or package folder, from corrected files, see [`write_processor`].
 
     Raises:
-        ShortVError: if there is none, it gives no prompt with a picture, or no picture that the model takes.
-        ImportError: if it needs a library that is missing, as torchvision.
+        ShortVError: if there is no processor, or it gives no prompt with a picture, or no pixels that the model accepts.
+        ImportError: if it needs a missing library, such as torchvision.
     """
     from shortv_llava.checkpoint.checks import check_pictures, model_without_weights
     from shortv_llava.checkpoint.config import config_object, read_config
@@ -126,7 +126,7 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
 
 
 def outdated_files(folder: Path) -> list[str]:
-    """Names of a package's processor files that [`write_processor`] would put right.
+    """Names of a package's processor files that [`write_processor`] would correct.
 
     Raises:
         ShortVError, ImportError: as for [`load_processor`].
@@ -140,7 +140,7 @@ def outdated_files(folder: Path) -> list[str]:
 def _put_right(
     folder: Path, chat_template: str | None = None, image_aspect_ratio: str = "base"
 ) -> Iterator[tuple[Path, Any, list[str]]]:
-    """A folder with the processor files of a checkpoint put right, for as long as it is used; processor and notes."""
+    """A temporary folder with the corrected processor files of a checkpoint; also the processor and notes."""
     from shortv_llava.checkpoint.config import config_object, read_config
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -150,7 +150,7 @@ def _put_right(
         target = Path(temporary)
         shutil.copyfile(folder / "config.json", target / "config.json")
         processor, notes = write_processor(folder, target, config, chat_template, image_aspect_ratio)
-        # Without the processor, loading it tells which library is missing.
+        # If there is no processor, loading it raises an error that names the missing library.
         yield target, _load(target, folder) if processor is None else processor, notes
 
 
@@ -176,7 +176,7 @@ def problem_of(processor) -> str | None:
     ids = process_probe(processor)["input_ids"][0].tolist()
     start = tokenizer.bos_token_id
     if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may have one
+        number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may begin with a start token
         if number > 1 or (number == 0 and tokenizer("a")["input_ids"][:1] == [start]):
             return f"its prompt starts with {number} beginning-of-sequence tokens"
     return None
@@ -200,7 +200,7 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def copy_files(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files in `folder` that match one of the patterns, under the same names, into another."""
+    """Copy the files in `folder` that match one of the patterns into `target`, under the same names."""
     for path in files_like(folder, patterns):
         copied = target / path.relative_to(folder)
         copied.parent.mkdir(exist_ok=True)
@@ -208,7 +208,7 @@ def copy_files(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """See that the processor's files are there and hold JSON; transformers 4 makes settings up that it misses."""
+    """Check that the processor's files exist and hold JSON; transformers 4 replaces missing settings by defaults."""
     found = {path.name: read_json(path) for path in files_like(folder, PROCESSOR_PATTERNS) if path.suffix == ".json"}
     missing = None
     if not files_like(folder, ("tokenizer.json", "*.model", "vocab.json")):
@@ -226,7 +226,7 @@ def _load(folder: Path, source: Path):
 
     from shortv_llava import CONFIG_CLASSES
 
-    for config_class in CONFIG_CLASSES:  # else a package's own code would be asked for
+    for config_class in CONFIG_CLASSES:  # else transformers would ask to run the package's own code
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
     def why(error: Exception) -> str:
@@ -243,7 +243,7 @@ def _load(folder: Path, source: Path):
 
 
 def _edit(path: Path, change: Callable[[dict], Any]) -> None:
-    """Change the JSON object in a file; one that is empty stays unwritten."""
+    """Change the JSON object in a file; an empty object is not written."""
     before = read_json(path) if path.is_file() else {}
     after = copy.deepcopy(before)
     change(after)
@@ -252,7 +252,7 @@ def _edit(path: Path, change: Callable[[dict], Any]) -> None:
 
 
 def _correct_settings(folder: Path, config, image_aspect_ratio: str) -> list[str]:
-    """Put the settings in a folder's files right, see [`write_processor`]. Returns what the user should know of it."""
+    """Correct the settings in a folder's files, see [`write_processor`]. Returns notes for the user."""
     family, notes = config.model_type.removeprefix("shortv_"), []
     _edit(folder / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings, family, folder))
     _edit(folder / "processor_config.json", lambda settings: _processor_settings(settings, config, notes))
@@ -267,15 +267,15 @@ def _correct_settings(folder: Path, config, image_aspect_ratio: str) -> list[str
 
 
 def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
-    settings.pop("auto_map", None)  # code of the base model's, which nobody asked for
+    settings.pop("auto_map", None)  # it names code of the base model, which packages do not use
     if family in TOKENIZERS_TAKEN_AS_THEY_STAND and (folder / "tokenizer.json").is_file():
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if settings.get("tokenizer_class") == "PreTrainedTokenizerFast":  # gives token types else, which LLaVA refuses
+    if settings.get("tokenizer_class") == "PreTrainedTokenizerFast":  # else it returns token types, which LLaVA refuses
         settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
 
 def _processor_settings(settings: dict, config, notes: list[str]) -> None:
-    """What LLaVA's processors need of config.json."""
+    """Copy the settings that LLaVA's processors need from config.json."""
     vision = config.vision_config
     pixtral = vision.model_type == "pixtral"
     wanted = "PixtralProcessor" if pixtral else PROCESSOR_CLASSES[config.model_type.removeprefix("shortv_")]
@@ -302,7 +302,7 @@ def _processor_settings(settings: dict, config, notes: list[str]) -> None:
 
 
 def _find_image_token(processor, folder: Path, config) -> None:
-    """See that the processor's image token is the configuration's."""
+    """Check that the processor's image token is the configuration's."""
     tokenizer, wanted = processor.tokenizer, config.image_token_id
     if tokenizer.convert_tokens_to_ids(processor.image_token) == wanted:
         return
@@ -314,7 +314,7 @@ def _find_image_token(processor, folder: Path, config) -> None:
 
 
 def _image_processor(settings: dict) -> tuple[dict, str]:
-    """Its settings, which transformers 5 writes into the processor's, and the class that they name."""
+    """The image processor's settings, which transformers 5 stores in the processor's, and the name of its class."""
     settings = settings.get("image_processor", settings)
     return settings, settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
 
@@ -342,7 +342,7 @@ def _crop(settings: dict) -> None:
 
 
 def _templates(processor, config) -> list[tuple[str, str]]:
-    """Chat templates that may do in place of the checkpoint's, by name."""
+    """Chat templates to try in place of the checkpoint's, with their names."""
     tokenizer, found = processor.tokenizer, []
     if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template != processor.chat_template:
         found.append(("its tokenizer's", tokenizer.chat_template))
@@ -351,10 +351,10 @@ def _templates(processor, config) -> list[tuple[str, str]]:
 
 
 def read_template(spec: str) -> str:
-    """The template of a name of FORMATS or in a file, Jinja or JSON as `chat_template.json`.
+    """The template with a name of FORMATS, or in a file (Jinja, or JSON as `chat_template.json`).
 
     Raises:
-        ShortVError: if there is none.
+        ShortVError: if there is no such template.
     """
     if spec in FORMATS:
         return FORMATS[spec]

@@ -1,4 +1,4 @@
-"""The models of the paper, and layers as they are given on the command line."""
+"""The paper's models with their layers, and parsing of layers on the command line."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def parse_layers(spec: str, base: str) -> list[int]:
     """Layer ids from `31,29,30`, `none`, `published` (those of `base`, a Hub id) or `published:NAME`.
 
     Raises:
-        ShortVError: if the model is no published one or an entry is no integer.
+        ShortVError: if the model is not published or an entry is no integer.
     """
     if spec.strip() in ("", "none"):
         return []

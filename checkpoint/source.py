@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, the Hub, a conversion; always a local folder in the end."""
+"""Find a checkpoint: a local folder, a download from the Hub, or a converted copy."""
 
 import atexit
 import logging
@@ -17,7 +17,7 @@ from shortv_llava.hub.errors import hub_reason
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-# What an adapter consists of, and LLaVA's projector alone, which is told apart.
+# Files of an adapter; mm_projector.bin, LLaVA's projector alone, is no adapter and gets its own message.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
 INDEX_PATTERNS = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
 TERMS_PATTERNS = ("LICENSE*", "NOTICE*")
@@ -27,16 +27,16 @@ OTHER_PATTERNS = ("generation_config.json", *TERMS_PATTERNS)  # beside configura
 def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: str | None = None) -> Path:
     """The local folder of a checkpoint in the Hugging Face layout: `base` itself, or the download of a Hub id.
 
-    A checkpoint in the original LLaVA layout is converted, an adapter merged, into a folder that goes when the process
-    ends.
+    A checkpoint in the original LLaVA layout is converted, and an adapter merged, into a folder that is deleted when
+    the process ends.
 
     Args:
         base: a folder, or a Hub id with or without `@revision`.
-        vision_tower: of an original checkpoint, folder or Hub id; by default the one its config.json names.
-        base_weights: of an adapter, folder or Hub id; by default the one its adapter_config.json names.
+        vision_tower: folder or Hub id of an original checkpoint's tower; by default the one its config.json names.
+        base_weights: folder or Hub id of an adapter's base; by default the one its adapter_config.json names.
 
     Raises:
-        ShortVError: if there is no such folder, the Hub does not give it, or it cannot be converted.
+        ShortVError: if there is no such folder, the download fails, or it cannot be converted.
     """
     from huggingface_hub import cached_assets_path
 
@@ -45,7 +45,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
     folder = fetch_checkpoint(base)
     if not must_convert(folder):
         return folder
-    # Beside the Hub's cache, where there is room for models; /tmp is often in memory.
+    # Next to the Hub's cache, which has room for models; /tmp is often in memory.
     temporary = tempfile.TemporaryDirectory(dir=cached_assets_path("shortv_llava"))
     atexit.register(temporary.cleanup)
     # The end of the path is kept: in the Hub's cache it names the repository, see `hub_id`.
@@ -57,7 +57,7 @@ def find_checkpoint(base: str, vision_tower: str | None = None, base_weights: st
 
 
 def check_name(base: str) -> None:
-    """Raises [`ShortVError`] for what is neither a folder nor, by its form, a Hub id."""
+    """Raises [`ShortVError`] if `base` is no folder and does not have the form of a Hub id."""
     if Path(base).is_dir():
         return
     repo_id, _ = split_revision(base)
@@ -66,15 +66,15 @@ def check_name(base: str) -> None:
 
 
 def model_name(base: str) -> str:
-    """What a model is called by: its Hub id, or its folder's name."""
+    """The name of a model: its Hub id, or its folder's name."""
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
-    """The local folder of a checkpoint in either layout, as it is; from the Hub without its weights if so wanted.
+    """The local folder of a checkpoint in either layout, unchanged; without `weights` these are not downloaded.
 
     Raises:
-        ShortVError: if there is no such folder, or the Hub does not give it.
+        ShortVError: if there is no such folder, or the download fails.
     """
     check_name(base)
     if Path(base).is_dir():
@@ -91,7 +91,7 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
     others = ["config.json", CARD_FILE, *INDEX_PATTERNS, *OTHER_PATTERNS, *PROCESSOR_PATTERNS]
     with one_line(lambda error: f"{base}: no such folder, and not to be had from the Hub: {hub_reason(error)}"):
         folder = download(revision, others)
-        for name in SINGLE_WEIGHT_FILES if weights else ():  # those that transformers would load, and no others
+        for name in SINGLE_WEIGHT_FILES if weights else ():  # only those that transformers would load
             with suppress(EntryNotFoundError):
                 hf_hub_download(repo_id, name, revision=folder.name)
                 break
@@ -105,14 +105,15 @@ def fetch_checkpoint(base: str, weights: bool = True) -> Path:
 
 
 def fetch_part(checkpoint: Path, part: Path | str | None, what: str, hint: str, weights: bool = True) -> Path:
-    """The local folder of what a checkpoint lacks and names, or what was given in its place, as [`fetch_checkpoint`].
+    """The local folder of a part that a checkpoint lacks, such as its vision tower; see [`fetch_checkpoint`].
 
     Args:
-        part: a folder or Hub id.
-        what: it is, and `hint` how to give it, for the error.
+        part: folder or Hub id of the part, from the checkpoint or the user.
+        what: what the part is, for the error.
+        hint: how to give the part, for the error.
 
     Raises:
-        ShortVError: if it is not named or cannot be had.
+        ShortVError: if `part` is None or cannot be fetched.
     """
     if not part or not isinstance(part, (str, Path)):
         raise ShortVError(f"{checkpoint}: does not name its {what}; {hint}")
@@ -129,7 +130,7 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def hub_id(folder: Path) -> str | None:
-    """Hub id of a folder in the Hub's cache, `models--OWNER--NAME/snapshots/COMMIT`; of others none."""
+    """Hub id of a folder in the Hub's cache, `models--OWNER--NAME/snapshots/COMMIT`; None for other folders."""
     repository, snapshots, _ = ("", "", "", *folder.absolute().parts)[-3:]
     if snapshots != "snapshots" or not repository.startswith("models--"):
         return None
@@ -137,7 +138,7 @@ def hub_id(folder: Path) -> str | None:
 
 
 def convert_checkpoint(source: Path, output: Path, vision_tower: str | None, base_weights: str | None) -> None:
-    """Convert an original LLaVA checkpoint or merge an adapter into a folder of the caller's own."""
+    """Convert an original LLaVA checkpoint, or merge an adapter, into the folder `output`."""
     from shortv_llava.checkpoint.conversion import convert
 
     for note in convert(source, output, vision_tower, base_weights):

@@ -1,7 +1,7 @@
 """Tensors in weight files: read without executing anything, planned by name, and written one shard at a time.
 
-A plan says for every tensor of an output where it comes from; it is checked as a whole before the first byte is
-written, and no model is ever in memory.
+A plan gives the source of every tensor of an output. The whole plan is checked before the first byte is written. No
+model is loaded into memory.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from shortv_llava.files.json_files import read_json, write_json
 
 SINGLE_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors names them
-CONSTANTS = (".rotary_emb.inv_freq", ".position_ids")  # saved by old versions, worked out by later ones
-QUANT_STATE = ".quant_state.bitsandbytes__"  # in the name of what a 4-bit weight was before it was packed
-MERGED_ROWS = 512  # of a weight at a time; its float32 copy is as large as a vocabulary otherwise
+CONSTANTS = (".rotary_emb.inv_freq", ".position_ids")  # saved by old versions, computed by later ones
+QUANT_STATE = ".quant_state.bitsandbytes__"  # in the name of the tensor with a 4-bit weight's shape before packing
+MERGED_ROWS = 512  # rows of a weight merged at a time, to limit the float32 copy
 
 
 class StoredTensor(NamedTuple):
@@ -36,7 +36,7 @@ class StoredTensor(NamedTuple):
 
 
 class LowRankUpdate(NamedTuple):
-    """What LoRA adds to a weight (out, in): scaling * up (out, r) @ down (r, in); its transpose if `transposed`."""
+    """LoRA's update of a weight (out, in): scaling * up (out, r) @ down (r, in); the transpose if `transposed`."""
 
     file: Path
     down: str
@@ -64,7 +64,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def weight_index(folder: Path) -> Path | None:
-    """The index of the weights that transformers loads; None where they are a single file, or none."""
+    """The index of the weights that transformers loads; None if there is a single weight file or none."""
     for name in SINGLE_WEIGHT_FILES:
         if (folder / name).is_file():
             return None
@@ -88,12 +88,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def listed_shards(index: Path) -> list[Path]:
-    """The files that an index of weights names, beside it, whether they are there or not."""
+    """The files in its folder that an index of weights names, whether they exist or not."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ShortVError(f"{index}: has no weight_map; get the file again")
     for shard in weight_map.values():
-        # No resolving: the files of a Hub cache are links to elsewhere.
+        # Paths are not resolved: the files of a Hub cache are links to other folders.
         if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
             raise ShortVError(f"{index}: refused, the shard {shard!r} is no file name in that folder")
     return [index.with_name(shard) for shard in dict.fromkeys(weight_map.values())]
@@ -101,7 +101,7 @@ def listed_shards(index: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of one weight file by name; they can be read until the context ends."""
+    """The tensors of one weight file by name, readable until the context ends."""
     with open(path, "rb") as file:
         beginning = file.read(64).lstrip().lower()
     if beginning.startswith(b"version https://git-lfs"):
@@ -130,7 +130,7 @@ def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in `files` by name, from their headers, which must fit the files' sizes.
 
     Raises:
-        ShortVError: if a file is damaged, holds no tensors or more than tensors.
+        ShortVError: if a file is damaged, holds no tensors, or holds other data than tensors.
     """
     shapes = {}
     for path in files:
@@ -142,7 +142,7 @@ def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def unpacked_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """`shapes` with the weights that bitsandbytes quantised as they were before, and without the parts beside them.
+    """`shapes` with the unquantised shapes of weights that bitsandbytes packed, without its further tensors.
 
     Raises:
         ShortVError: if a part is missing or of another size.
@@ -187,7 +187,7 @@ def unpacked_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> di
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch file, mapped into memory; nothing that a pickle may carry is executed."""
+    """The tensors of a PyTorch file, memory-mapped; code in the pickle is not executed."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -213,10 +213,10 @@ def plan_tensors(files: list[Path], target_of: Callable[[str], str | None] = str
     """Plan of all tensors in `files` by their names in the output.
 
     Args:
-        target_of: gives a tensor's name in the output, None for one to leave out; by default it keeps its name.
+        target_of: maps a tensor's name to its name in the output, None to leave it out; by default names are kept.
 
     Raises:
-        ShortVError: if a file is damaged, holds more than tensors, or two tensors get one name.
+        ShortVError: if a file is damaged, holds other data than tensors, or two tensors get one name.
     """
     plan = {}
     for file in files:
@@ -247,9 +247,9 @@ def write_weights(
     """Write one shard for each source file, and their index.
 
     Args:
-        plan: of tensors whose names, shapes and dtypes are checked.
-        new_rows: what to put at the end of tensors, by their names in the plan.
-        description: of the progress bar.
+        plan: the plan, with names, shapes and dtypes already checked.
+        new_rows: rows to append to tensors, by their names in the plan.
+        description: text of the progress bar.
     """
     files = list(dict.fromkeys(tensor.file for tensor in plan.values()))
     weight_map, total_size = {}, 0
@@ -269,9 +269,9 @@ def write_shard(
     stored: dict[str, StoredTensor],
     new_rows: dict[str, torch.Tensor],
 ) -> int:
-    """Write a safetensors file, one tensor in memory at a time, and return the bytes of its tensors.
+    """Write a safetensors file, one tensor in memory at a time, and return the size of its tensors in bytes.
 
-    The library's own function takes tensors already cast and grown, which would be a shard's copy in memory.
+    The library's own function needs all tensors cast and enlarged beforehand, a copy of the whole shard in memory.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in planned.items():
@@ -293,8 +293,8 @@ def write_shard(
 
 
 def merged(weight: torch.Tensor, update: LowRankUpdate) -> Iterator[torch.Tensor]:
-    """The rows of a weight (out, in) with its update, in float32, some at a time."""
-    # Opened anew for each weight, so that what was read of the file before takes no memory.
+    """The rows of a weight (out, in) with its update, in float32, MERGED_ROWS at a time."""
+    # Opened again for each weight, so that pages of the file that were read before are released.
     with open_shard(update.file) as stored:
         down, up = (stored[name].read().detach().float() for name in (update.down, update.up))
     if update.transposed:

@@ -127,7 +127,7 @@ def push(
         weights_from: `owner/name` or `owner/name@revision` that the Hub copies the weight files from.
         tag: a new tag for the commit, which the card's snippets load; not with `create_pr`.
         collection: slug of a collection to add the repository to.
-        space: whether [`push_space`] follows. The card links the Space of the same id if there is one or `space` is set.
+        space: whether [`push_space`] follows. The card links the Space of the same id if it exists or `space` is set.
         dry_run: change nothing, only return the changes.
 
     Raises:
