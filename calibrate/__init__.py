@@ -9,7 +9,7 @@ Strategy = Literal["lc", "corrected-lc", "greedy", "cosine", "random"]
 
 
 def __getattr__(name: str):
-    if name == "layer_contribution":  # imported on use, as in the package above
+    if name == "layer_contribution":  # imported on first use, as in the package's __init__.py
         from shortv_llava.calibrate.contribution import layer_contribution
 
         return layer_contribution

@@ -1,4 +1,4 @@
-"""`shortv calibrate`: from options to samples, a model and a run."""
+"""`shortv calibrate`: its options, samples and model, and the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from shortv_llava.commands import (
 )
 from shortv_llava.errors import ShortVError
 
-MAX_RANK = 64  # of corrections by default; an eighth of the hidden size if that is less
+MAX_RANK = 64  # default rank of corrections; an eighth of the hidden size if that is less
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class CalibrationOptions:
     overwrite: Overwrite = False
 
     def check(self) -> None:
-        """Raises a usage error or [`ShortVError`] for what can be told before anything is fetched or loaded."""
+        """Raises a usage error or [`ShortVError`] for wrong options, before anything is fetched or loaded."""
         from shortv_llava.calibrate.samples import check_sources
         from shortv_llava.checkpoint.package import check_output
         from shortv_llava.checkpoint.processors import read_template
@@ -139,7 +139,7 @@ class CalibrationOptions:
         check_output(self.output, self.overwrite)
 
     def choice(self, rank: int):
-        """The [`Choice`] with corrections of a rank, with 0 without."""
+        """The [`Choice`] with corrections of rank `rank`; without corrections if it is 0."""
         from shortv_llava.calibrate.selection import Choice
         from shortv_llava.checkpoint.published import parse_layers
 
@@ -149,7 +149,7 @@ class CalibrationOptions:
 
 
 def apart(entries: Sequence[str]) -> list[str]:
-    """What an option was given, once or several times, each with commas or without."""
+    """The values of an option that may be given several times and may hold several values separated by commas."""
     return [part for entry in entries for part in entry.split(",")]
 
 
@@ -163,7 +163,7 @@ class Drawn:
 
 
 def draw_samples(options: CalibrationOptions, fits: bool) -> Drawn:
-    """All samples of a calibration; those to fit on, if it `fits`, show no held-out picture."""
+    """All samples of a calibration. Samples to fit on are drawn only if `fits`, and without held-out pictures."""
     from shortv_llava.calibrate.samples import fit_samples, load_samples
 
     data, seed = apart(options.data), None if options.draw == "first" else options.seed
@@ -176,7 +176,7 @@ def draw_samples(options: CalibrationOptions, fits: bool) -> Drawn:
 
 
 def run(options: CalibrationOptions) -> None:
-    """Calibrate, and say what was written."""
+    """Calibrate, and print what was written."""
     from accelerate import PartialState
 
     from shortv_llava.calibrate.run import calibrate

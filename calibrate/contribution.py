@@ -1,12 +1,12 @@
-"""Layer Contribution (LC) scores, exactly and with shared work.
+"""Layer Contribution (LC) scores, exact, with layer passes shared between variants.
 
 LC of layer i for a set X of tokens (ShortV, section 3.1): freeze X in layer i alone and take the KL divergence between
 the next-token distributions at the prompt's last position, of the original model M and of that variant M_i.
 
-All variants share the layers before their own. So the layers are run once, over a stack of states: the original's and,
-behind it, one variant's for each layer passed. Layer i turns the original and the variants of the layers before into
-their next states; the new variant is the original's output with the rows of X put back to its input. That makes
-L + L(L-1)/2 layer passes for L layers in place of L(L+1), and each layer's weights are used once a batch.
+Variant M_i equals the original before layer i. So each layer runs once, on a stack of states: the original's and those
+of the variants of all earlier layers. Variant M_i joins the stack after layer i: its states are the original's output,
+with the rows of X replaced by the layer's input. That makes L + L(L-1)/2 layer passes for L layers instead of L(L+1),
+and each layer's weights are used once a batch.
 """
 
 import inspect
@@ -25,17 +25,17 @@ def layer_contribution(model, inputs, tokens: Tokens = "visual", direction: Dire
     """LC score of every layer, mean over the batch: float64 of shape `(num_layers,)`, in nats.
 
     Args:
-        model: a LLaVA or LLaVA-NeXT for conditional generation, plain or ShortV; scored with no layer frozen.
+        model: a LLaVA or LLaVA-NeXT for conditional generation, plain or ShortV; its own frozen layers are ignored.
         inputs: a processor's output, with images; rows may be padded on either side.
         tokens: the set X to freeze: visual tokens, the others, or all.
-        direction: `release` for KL(M_i || M), which the authors' code computes and their published layers come from;
-            `paper` for KL(M || M_i), as their paper writes it.
+        direction: `release` for KL(M_i || M), as in the authors' code, which gave the published layers; `paper` for
+            KL(M || M_i), as in the paper.
     """
     return contributions(model, inputs, [tokens], direction)[0].mean(dim=0)
 
 
 class RowBudget:
-    """How many rows of the stack a layer takes at once; halved for good whenever memory runs out."""
+    """Number of rows of the stack that a layer takes at once; permanently halved each time memory runs out."""
 
     def __init__(self, rows: int | None = None):
         self.rows = rows or 1 << 30
@@ -57,8 +57,8 @@ def contributions(
     Args:
         read: rows (N,) and positions (N,) where next-token distributions are compared; by default every row's last
             token, N = B.
-        corrections: of layers by id, for one more set of scores: the first set of tokens, corrected where it skips the
-            FFN.
+        corrections: corrections by layer id, for one more set of scores: the first set of tokens, corrected in layers
+            where it skips the FFN.
 
     Returns:
         float64 of shape `(len(tokens), N, num_layers)`, or `(len(tokens), N, 2 * num_layers)` with granularity `block`:
@@ -76,7 +76,7 @@ def contributions(
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
             before = stack[:batch]
             with weights_in_place(layer):
-                # Of the last layer's outputs only some are read.
+                # Only some of the last layer's outputs are read.
                 final = unread if index == len(decoder.layers) - 1 else None
                 outputs = run_layer(layer, stack, call, batch, budget, final)
                 variants = []
@@ -97,7 +97,7 @@ def contributions(
     states = stack.unflatten(0, (-1, batch))[:, rows.to(stack.device), positions.to(stack.device)]
     logits = model.lm_head(decoder.norm(states))
     scores = divergence(logits[0], logits[1:], direction)  # (layers * sets * blocks, N)
-    # Equal states mean equal distributions, however a matrix product rounds their rows.
+    # Equal states have equal distributions, even if a matrix product rounds their rows differently.
     scores = scores.masked_fill((states[1:] == states[0]).all(dim=-1), 0)
     scores = scores.view(len(decoder.layers), len(sets) + bool(corrections), -1, len(rows))
     return scores.permute(1, 3, 2, 0).flatten(2)
@@ -128,7 +128,7 @@ def cosine_distance(model, inputs) -> torch.Tensor:
 
 @contextmanager
 def dense(model) -> Iterator[None]:
-    """Freeze nothing for a while; a plain LLaVA never does."""
+    """Freeze nothing within the context; a plain LLaVA never freezes anything."""
     config = model.config
     if not hasattr(config, "set_replaced_layers"):
         yield
@@ -164,14 +164,14 @@ def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
 
 
 def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B,), index of the last of each row's tokens (B, S) that is no padding."""
+    """(B,), index of the last token of each row (B, S) that is not padding."""
     if attention_mask is None:
         attention_mask = torch.ones_like(tokens)
     return (torch.arange(tokens.shape[1], device=tokens.device) * attention_mask).argmax(dim=1)
 
 
 def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
-    """What the language model would call its layers with: states (B, S, h) for the first, keywords for each."""
+    """Arguments of the language model's calls of its layers: states (B, S, h) for the first, keywords for each."""
     layers = model.model.language_model.layers
     states, calls = [], []
 
@@ -189,17 +189,17 @@ def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
     finally:
         for layer, forward in zip(layers, before):
             del layer.forward
-            if forward is not None:  # accelerate's, which brings an offloaded layer's weights
+            if forward is not None:  # accelerate's, which loads an offloaded layer's weights
                 layer.forward = forward
     return states[0], calls
 
 
 def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "ffn")) -> torch.Tensor:
-    """The layer on the stack (variants * B, S, h), as many rows at once as memory allows.
+    """Run the layer on the stack (variants * B, S, h), as many rows at once as memory allows.
 
     Args:
-        call: keyword arguments that the layer gets for one batch.
-        frozen: (B, S), tokens that skip the `blocks` named; of the layer's outputs theirs are not to be read.
+        call: keyword arguments of the layer for one batch.
+        frozen: (B, S), tokens that skip the `blocks`; their outputs must not be read.
     """
     outputs, start = [], 0
     while start < len(stack):
@@ -223,7 +223,7 @@ def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention
 
 
 def _of_rows(value, rows: torch.Tensor, batch: int):
-    """A layer's arguments for these rows of the batch; what is the same for all rows stays as it is."""
+    """A layer's argument for these rows of the batch; unchanged if it has no rows."""
     if isinstance(value, dict):
         return {key: _of_rows(item, rows, batch) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -235,7 +235,7 @@ def _of_rows(value, rows: torch.Tensor, batch: int):
 
 @contextmanager
 def without_corrections(model) -> Iterator[None]:
-    """Let all corrections rest for a while."""
+    """Disable all corrections within the context."""
     layers = model.model.language_model.layers
     kept = [(layer, layer._modules.pop("correction")) for layer in layers if "correction" in layer._modules]
     try:
@@ -247,12 +247,12 @@ def without_corrections(model) -> Iterator[None]:
 
 @contextmanager
 def _shortv_layers(layers) -> Iterator[None]:
-    """Let the layers of a plain LLaVA take frozen tokens for a while."""
+    """Make the layers of a plain LLaVA accept frozen tokens within the context."""
     before = []
     try:
         for layer in layers:
             for module, shortv in zip((layer, layer.self_attn), SHORTV_LAYERS.get(type(layer), ())):
-                # Transformers 4 (recording hidden states) and accelerate leave the stock class's method in a module.
+                # Transformers 4 (recording hidden states) and accelerate store the stock class's method in the module.
                 kept = {name: vars(module)[name] for name in ("forward", "_old_forward") if name in vars(module)}
                 methods = {name: method for name, method in kept.items() if inspect.ismethod(method)}
                 before.append((module, module.__class__, methods))
@@ -267,7 +267,7 @@ def _shortv_layers(layers) -> Iterator[None]:
 
 @contextmanager
 def weights_in_place(layer) -> Iterator[None]:
-    """Bring the weights of a layer that accelerate offloads once, not for every call of its modules."""
+    """Load the weights of a layer that accelerate offloads once, not for every call of its modules."""
     offloaded = [m for m in layer.modules() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
     for module in offloaded:
         module._hf_hook.pre_forward(module)

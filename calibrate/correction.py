@@ -1,11 +1,13 @@
-"""Corrections of frozen visual tokens, in closed form: no gradient, each layer's weights used once.
+"""Corrections of frozen visual tokens, fitted in closed form: no gradients, each layer's weights used once.
 
 A frozen token's update is nearly a linear function of its normed state. So ridge regression on the states of some
-pictures gives a map that stands in for it, cut to a rank at which it costs next to nothing beside keys and values.
+pictures gives a linear map that approximates the update. Its rank is cut so that it costs little compared with keys and
+values.
 
-Two sweeps run through the layers side by side: the dense model's, and that of the model with its layers replaced and
-those before already corrected. In a replaced layer, X are the visual states that leave it uncorrected, A their normed
-ones, T the dense model's: T - X is regressed on A. So every layer also repairs what the ones before have left.
+Two passes run through the layers in parallel: the dense model's, and that of the model with layers replaced, in which
+earlier replaced layers are already corrected. In a replaced layer X are the visual states after the layer without its
+correction, A the normed states, and T the dense model's states after the layer. T - X is regressed on A. So each
+correction also reduces the error that earlier layers have left.
 """
 
 import base64
@@ -31,7 +33,7 @@ from shortv_llava.calibrate.contribution import (
 from shortv_llava.configuration_shortv_llava import CORRECTION
 from shortv_llava.modeling_shortv_llava import Correction
 
-RIDGE = 0.01  # of the mean diagonal of A'A
+RIDGE = 0.01  # as a share of the mean diagonal of A'A
 
 
 class Factors(NamedTuple):
@@ -43,19 +45,19 @@ class Factors(NamedTuple):
 
 
 class Regression:
-    """Ridge regression with intercept of D on A from rows that come in parts; the sums are float64.
+    """Ridge regression with intercept of D on A, from rows added in parts; the sums are float64.
 
     Args:
-        size: h, of the rows of both.
+        size: size h of the rows of A and D.
     """
 
     def __init__(self, size: int, device: torch.device):
-        # A has a column of ones at its end.
+        # The last column of A is ones.
         self.inner = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)  # A'A
         self.cross = torch.zeros(size + 1, size, dtype=torch.float64, device=device)  # A'D
 
     def add(self, a: torch.Tensor, d: torch.Tensor) -> None:
-        """Rows (n, h). A part's products are taken in float32 at least: few GPUs have float64 to speak of."""
+        """Add rows (n, h). Products are computed in float32 or finer: most GPUs are slow in float64."""
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = torch.cat([a.to(dtype), a.new_ones(len(a), 1, dtype=dtype)], dim=1)
         self.inner += a.T @ a
@@ -66,7 +68,7 @@ class Regression:
         self.inner, self.cross = reduce([self.inner, self.cross], reduction="sum")
 
     def solve(self, rank: int, ridge: float = RIDGE) -> Factors:
-        """Reduced-rank regression: the fitted values' best approximation of that rank, as maps down and up."""
+        """Reduced-rank regression: the best approximation of the fitted values with that rank, as maps down and up."""
         count = self.inner[-1, -1]
         mean_a, mean_d = self.inner[-1, :-1] / count, self.cross[-1] / count
         inner = self.inner[:-1, :-1] - count * torch.outer(mean_a, mean_a)
@@ -86,13 +88,13 @@ def cut_to_rank(whole: torch.Tensor, inner: torch.Tensor, rank: int) -> tuple[to
 
 
 class FitSample:
-    """What a fit needs of a sample or batch: states before the first layer, on the CPU, and how layers are called.
+    """The data of a sample or batch for a fit: states before the first layer, on the CPU, and the layers' arguments.
 
     Args:
         model: a ShortV model.
         inputs: a processor's output with images.
-        keep: keep the dense model's visual states of all layers, (V, h) each, so that further fits save their sweep.
-        folder: keep states in files there that vanish with the process, where the memory is too small for them.
+        keep: keep the dense model's visual states of all layers, (V, h) each, so that further fits need no dense pass.
+        folder: keep states in temporary files in this folder, if memory is too small for them.
     """
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class FitSample:
         self.folder, self.first, self.targets, self.keep = folder, stored(states, folder), [], keep
 
     def run(self, layer, states: torch.Tensor, budget: RowBudget, blocks: tuple[str, ...] = ()) -> torch.Tensor:
-        """States (B, S, h) through a layer, with visual tokens skipping the `blocks` named."""
+        """Run a layer on states (B, S, h), with visual tokens skipping the `blocks`."""
         frozen, call = self.visual if blocks else None, self.calls[layer.self_attn.layer_idx]
         states = run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks)
         return stored(states, self.folder)
@@ -130,15 +132,15 @@ def fit_corrections(
 ) -> dict[int, Factors]:
     """Corrections of all layers whose FFN is frozen in a ShortV model, with or without their attention.
 
-    The last layer gets none, for nobody reads what leaves it for visual tokens. Corrections that the model has already
-    are left out of account and in place. In several processes, each gives samples of its own, and all get the same.
+    The last layer gets none, because its outputs for visual tokens are not used. The fit ignores the model's own
+    corrections and keeps them. With several processes, each passes its own samples, and all get the same result.
 
     Args:
-        samples: to fit on.
-        rank: of the maps, up to the hidden size h.
-        alone: fit every layer on the dense model's states, as if no other were replaced.
-        ridge: what is added to the diagonal of A'A, as a share of its mean.
-        once: `once(layer, fit)` gives a layer's result, from a journal if it is there, else by `fit()`.
+        samples: samples to fit on.
+        rank: rank of the maps, at most the hidden size h.
+        alone: fit every layer on the dense model's states, as if no other layer were replaced.
+        ridge: value added to the diagonal of A'A, as a share of the diagonal's mean.
+        once: `once(layer, fit)` returns a layer's result, from a journal if it has one, else from `fit()`.
         progress: wraps the iteration over the layers.
 
     Raises:
@@ -181,12 +183,12 @@ def fit_corrections(
 
 
 class _Stream:
-    """One sample on its way through the layers, in the dense model and in the one with layers replaced."""
+    """States of one sample between two layers, in the dense model and in the model with layers replaced."""
 
     def __init__(self, sample: FitSample, alone: bool):
         self.sample, self.alone = sample, alone
         self.dense = self.states = sample.first  # (B, S, h), the same tensor as long as nothing is replaced
-        self.target = None  # (V, h), the dense model's states behind the layer
+        self.target = None  # (V, h), the dense model's states after the layer
 
     def advance(self, layer, budget: RowBudget, blocks: tuple[str, ...]) -> None:
         sample, index, before = self.sample, layer.self_attn.layer_idx, self.dense
@@ -224,7 +226,7 @@ def make_correction(factors: Factors, like: torch.Tensor) -> Correction:
 
 
 def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors by the names that files of LLaVA on the Hub have."""
+    """Tensors of the corrections, with names as in LLaVA's files on the Hub."""
     return {
         f"language_model.model.layers.{layer}.correction.{name}": part.to(dtype)
         for layer, factors in corrections.items()
@@ -233,7 +235,7 @@ def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> d
 
 
 def set_corrections(model, corrections: dict[int, Factors]) -> None:
-    """Give a ShortV model these corrections in place of those that it has."""
+    """Replace a ShortV model's corrections by these."""
     layers, config = model.model.language_model.layers, model.config
     for layer in layers:
         layer._modules.pop("correction", None)
@@ -250,7 +252,7 @@ def set_corrections(model, corrections: dict[int, Factors]) -> None:
 
 @contextmanager
 def corrected(model, corrections: dict[int, Factors]) -> Iterator[None]:
-    """Give a ShortV model these corrections for a while; its own rest."""
+    """Replace a ShortV model's corrections by these within the context."""
     config = vars(model.config)
     own = {name: config[name] for name in CORRECTION if name in config}
     with without_corrections(model):
@@ -263,13 +265,13 @@ def corrected(model, corrections: dict[int, Factors]) -> Iterator[None]:
 
 
 def packed(factors: Factors) -> list:
-    """For a journal: the float32 numbers of each part, and its shape."""
+    """Factors as entries of a journal: the float32 values of each tensor, and its shape."""
     parts = [part.float().contiguous() for part in factors]
     return [[base64.b64encode(part.numpy().tobytes()).decode(), list(part.shape)] for part in parts]
 
 
 def unpacked(parts: list) -> Factors:
-    """What [`packed`] made."""
+    """The inverse of [`packed`]."""
     return Factors(
         *(torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32).view(shape) for data, shape in parts)
     )

@@ -1,4 +1,4 @@
-"""What freezing costs: the model with layers or blocks frozen together against the dense model."""
+"""The cost of freezing: the model with several layers or blocks frozen, compared with the dense model."""
 
 import math
 import statistics
@@ -18,9 +18,9 @@ class Cost(NamedTuple):
     """Means over samples."""
 
     kl: float  # divergence of the next-token distributions at the prompt's end, nats
-    kl_interval: float | None  # half the width of its 95% interval; None of one sample, which tells none
+    kl_interval: float | None  # half the width of its 95% interval; None for a single sample
     agreement: float  # share of samples with the dense model's most likely next token
-    nll_change: float | None  # of the answer, nats a token; None where no sample has an answer
+    nll_change: float | None  # change of the answer's negative log-likelihood, nats a token; None without answers
 
 
 class CostMeter:
@@ -28,8 +28,8 @@ class CostMeter:
 
     Args:
         model: a ShortV model.
-        samples: prompts, and answers where known.
-        direction: of the divergence, as for the scores.
+        samples: prompts, with answers if known.
+        direction: direction of the divergence, as for the scores.
     """
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class CostMeter:
 
     @torch.no_grad()
     def measure(self, frozen: dict[str, list[int]], corrections: dict[int, Factors] | None = None) -> Cost:
-        """Cost of freezing, `frozen` as in the configuration: lists by name. The model's own corrections rest."""
+        """Cost of freezing `frozen`: the configuration's lists by name. The model's own corrections are disabled."""
         divergences, agreed, changes = [], [], []
         with dense(self.model), corrected(self.model, corrections or {}):
             self.model.set_replaced_layers(*(frozen[name] for name in LAYER_LISTS))

@@ -8,20 +8,20 @@ from shortv_llava.files.json_lines import add_to_record, read_record
 
 
 class Journal:
-    """Results by key, each a line of a file that is appended to and never rewritten.
+    """Results by key, each a line of a file. Lines are only appended, never rewritten.
 
     Args:
-        path: the file; made with the first result.
-        settings: what the results depend on; a journal of other settings is refused.
+        path: the file; created with the first result.
+        settings: settings that the results depend on; a journal of other settings is refused.
 
     Raises:
-        ShortVError: if the file holds results of other settings; names what differs.
+        ShortVError: if the file holds results of other settings; the message names the differences.
     """
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings, self.results = path, json.loads(json.dumps(settings)), {}
         lines = [entry for _, entry in read_record(path)]
-        self.head = [] if lines else [self.settings]  # what the first result's line comes behind
+        self.head = [] if lines else [self.settings]  # written before the first result
         for begun in lines[:1]:
             for key in sorted({*begun, *self.settings}):
                 if begun.get(key) != self.settings.get(key):
@@ -33,7 +33,7 @@ class Journal:
             self.results |= result
 
     def add(self, key: str, value) -> None:
-        """Keep a result for good."""
+        """Append a result to the file."""
         self.results[key] = value
         self.path.parent.mkdir(parents=True, exist_ok=True)
         add_to_record(self.path, [*self.head, {key: value}])

@@ -1,4 +1,4 @@
-"""What a calibration found, for people: tables and pictures."""
+"""Tables and plots of a calibration's results."""
 
 import math
 import re
@@ -22,12 +22,12 @@ def _bar(score: float, highest: float) -> str:
 
 
 def score_table(scores: dict[str, Sequence[float]], frozen: dict[str, list[int]], shares: Sequence[float]) -> Table:
-    """A row a layer: its LC scores, a bar for the visual one (log scale), what is frozen, and how often that is chosen.
+    """One row a layer: LC scores, a bar for the visual score (log scale), what is frozen, and how often it is chosen.
 
     Args:
         scores: LC score of every layer for each set of tokens.
         frozen: the configuration's three lists.
-        shares: of bootstrap resamples that choose each unit; none where one sample leaves nothing to resample.
+        shares: share of bootstrap resamples that choose each unit; empty for a single sample.
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="Layer Contribution", title_justify="left")
     for column in ("layer", *(f"{tokens} LC" for tokens in scores)):
@@ -100,7 +100,7 @@ def draw_scores(
     """The paper's Figure 3: LC of every layer for each set of tokens, the replaced layers marked.
 
     Args:
-        intervals: (low, high) of every layer, of those sets of tokens that have them; drawn as bands.
+        intervals: (low, high) of every layer, for the sets of tokens that have intervals; drawn as bands.
     """
     figure, axes = new_figure()
     for (name, values), marker in zip(scores.items(), cycle("os^vDP")):
@@ -122,11 +122,11 @@ def draw_scores(
 
 
 def draw_tradeoff(path: Path, candidates: dict, taken) -> None:
-    """FLOPs ratio against divergence, with its interval, for every number of frozen units, the choice marked.
+    """Plot the FLOPs ratio against divergence, with its interval, for every number of frozen units; mark the choice.
 
     Args:
         candidates: [`Candidate`]s by granularity.
-        taken: the one of them that was chosen.
+        taken: the chosen candidate.
     """
     figure, axes = new_figure()
     drawn = []

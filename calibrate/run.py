@@ -1,4 +1,4 @@
-"""One calibration: samples in; scores, a choice, what it costs, and a package out."""
+"""One calibration: score units on samples, choose, measure the cost, and write a package."""
 
 import json
 import logging
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
-    """An order of replacement, and how far along it to go."""
+    """An order of replacement, and the number of units to freeze."""
 
     units: Units
-    scores: np.ndarray | None  # LC (samples, sets of tokens, units), none where layers were given
+    scores: np.ndarray | None  # LC (samples, sets of tokens, units); None for given layers
     order: list[int]
-    curve: list[dict]  # number, flops_ratio, cost on held-out samples and corrected_cost, for numbers of units frozen
+    curve: list[dict]  # for each number of frozen units: number, flops_ratio, cost (held-out samples), corrected_cost
     number: int
     corrections: dict[int, Factors]
 
@@ -59,7 +59,7 @@ class Candidate(NamedTuple):
 
     @property
     def cost(self) -> Cost:
-        """Of the choice, with its corrections."""
+        """Cost of the choice, with its corrections."""
         return self.chosen["corrected_cost" if self.corrections else "cost"]
 
 
@@ -85,17 +85,17 @@ def calibrate(
 
     Args:
         base: the folder that `model` was loaded from.
-        samples: for scoring and choosing.
-        held_out: for measuring what the choice costs.
-        settings: further things that the scores depend on, kept with them.
-        tokens: sets of tokens to score; the first one's scores choose.
-        max_rows: rows that a layer takes at once, for small memories.
-        chat_template: of the package, see [`write_package`].
-        fit_on: for fitting corrections, if the choice has a rank for them.
+        samples: samples for scoring and choosing.
+        held_out: samples for measuring the cost of the choice.
+        settings: further settings that the scores depend on; saved with the scores.
+        tokens: sets of tokens to score; the scores of the first set decide the choice.
+        max_rows: number of rows that a layer takes at once, for little memory.
+        chat_template: chat template of the package, see [`write_package`].
+        fit_on: samples for fitting corrections, if the choice has a rank for them.
         base_model, license: for the model card, see [`write_package`].
 
     Raises:
-        ShortVError: if the output must not be written, an unfinished calibration of other settings lies there, options
+        ShortVError: if the output must not be written, or has an unfinished calibration with other settings; if options
             contradict each other, a sample cannot be read, or scores are not finite.
     """
     choice.check(model.config.text_config.num_hidden_layers)
@@ -123,7 +123,7 @@ def calibrate(
 
 
 class Run:
-    """The computations of a calibration, shared among processes; the main one keeps the journal."""
+    """The computations of a calibration, divided among processes; the main process writes the journal."""
 
     def __init__(self, model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on):
         self.model, self.processor, self.samples, self.journal = model, processor, samples, journal
@@ -132,14 +132,14 @@ class Run:
         self.held_out = CostMeter(model, processor, held_out, direction)
 
     def candidates(self, choice: Choice) -> dict[str, Candidate]:
-        """By granularity, those that the choice is among."""
+        """The candidates of the choice, by granularity."""
         found = {}
         for granularity in ("layer", "block") if choice.granularity == "auto" else (choice.granularity,):
             found[granularity] = self.candidate(choice, granularity, found.get("layer"))
         return found
 
     def candidate(self, choice: Choice, granularity: Granularity, rival: Candidate | None) -> Candidate:
-        """Score, order, measure; with a `rival`, go along the order until as many operations are saved."""
+        """Score, order, measure, choose the number of units; with a `rival`, as many as reach its FLOPs ratio."""
         rank = choice.correction_rank
         units = Units(self.model.config, granularity, rank or 0)
         if choice.layers is not None:
@@ -148,7 +148,7 @@ class Run:
             scores = self.scores(choice, units)
             order = self.order(choice, units, scores)
             numbers = range(len(order) + 1)
-        # For a curve of whole layers one fit, with all of them frozen, stands for each number's own.
+        # The curve of whole layers uses one fit, with all layers frozen, for every number of layers.
         fitted = self.fit(units, order, rank) if rank and granularity == "layer" and len(numbers) > 1 else {}
         curve = []
         for number in self.progress(numbers, "cost", "choice"):
@@ -190,7 +190,7 @@ class Run:
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
 
     def place_for_states(self, inputs, number: int) -> Path | None:
-        """The output folder, if the states of so many samples like this one would fill half of the free memory."""
+        """The output folder if the states of `number` samples like this one would fill half of the free memory."""
         first_dense_and_corrected = 3
         size = self.model.config.text_config.hidden_size * self.model.dtype.itemsize
         needed = first_dense_and_corrected * number * inputs["input_ids"].numel() * size
@@ -200,7 +200,7 @@ class Run:
         return self.journal.path.parent
 
     def scores(self, choice: Choice, units: Units) -> np.ndarray:
-        """LC (samples, sets of tokens, units); of corrected units behind the others, if they are to choose."""
+        """LC (samples, sets of tokens, units); with strategy `corrected-lc` the last set is that of corrected units."""
         granularity, corrections = units.granularity, None
         name = f"{granularity} LC"
         if choice.chosen_by == "corrected-lc":
@@ -240,7 +240,7 @@ class Run:
             return units.order_greedily(divergence)
 
     def collect(self, name: str, compute) -> np.ndarray:
-        """`compute(inputs)` for every sample, stacked. Processes take samples in turns."""
+        """`compute(inputs)` for every sample, stacked. The samples are divided among the processes in turns."""
         keys = {f"{name} {sample.id}": sample for sample in self.samples}
         missing = [key for key in keys if key not in self.journal.results]
 
@@ -259,7 +259,7 @@ class Run:
         return np.array([self.journal.results[key] for key in keys])
 
     def once(self, key: str, compute):
-        """A result from the journal, else computed and put there."""
+        """A result from the journal, else computed and added to it."""
         if key not in self.journal.results:
             value = compute()
             if self.state.is_main_process:
@@ -272,12 +272,12 @@ class Run:
 
 
 class Statistics(NamedTuple):
-    """Of LC scores over the samples; empty where layers were given, and but for the means where there is one sample.
+    """Statistics of LC scores over the samples: empty for given layers, only means for a single sample.
 
     Args:
-        means: of every unit, by set of tokens.
-        intervals: 95% intervals (low, high) of the means of the set that chooses.
-        chosen_in: of every unit the share of resamples that choose it.
+        means: mean score of every unit, by set of tokens.
+        intervals: 95% intervals (low, high) of the means, for the set of tokens that decides.
+        chosen_in: share of resamples that choose each unit.
     """
 
     means: dict[str, list[float]]
@@ -287,11 +287,11 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a calibration found.
+    """Results of a calibration.
 
     Args:
-        candidates: by granularity.
-        settings: what the scores depend on.
+        candidates: candidates by granularity.
+        settings: settings that the scores depend on.
         held_out: ids of the samples that costs were measured on.
     """
 
@@ -302,7 +302,7 @@ class Outcome:
 
     @property
     def best(self) -> str:
-        """The granularity that is taken."""
+        """The chosen granularity."""
         return min(self.candidates, key=lambda granularity: self.candidates[granularity].cost.kl)
 
     @property
@@ -325,7 +325,7 @@ class Outcome:
 
     @property
     def summary(self) -> dict:
-        """For config.json."""
+        """Entries for config.json."""
         taken, choice = self.taken, asdict(self.choice) | {"strategy": self.choice.chosen_by}
         settings = self.settings.items()
         summary = {
@@ -339,7 +339,7 @@ class Outcome:
 
     @property
     def details(self) -> dict:
-        """For calibration.json."""
+        """Entries for calibration.json."""
 
         def plain(entry: dict) -> dict:
             return {key: value._asdict() if isinstance(value, Cost) else value for key, value in entry.items()}
@@ -360,7 +360,7 @@ class Outcome:
         return details
 
     def by_layer(self, values: dict[str, list]) -> dict[str, list]:
-        """Values of units by set of tokens as values of layers, those of blocks by set and kind of block."""
+        """Values of units as values of layers, by set of tokens; for blocks by set and kind of block."""
         if self.best == "layer":
             return values
         half = self.taken.units.num_layers
@@ -369,11 +369,11 @@ class Outcome:
 
 
 def _write(outcome: Outcome, base: Path, output: Path, dtype, **options) -> None:
-    """The package with what is taken, all that was found in calibration.json, and pictures beside it.
+    """Write the package with the choice, all results in calibration.json, and the plots.
 
     Args:
-        dtype: of the corrections.
-        options: of [`write_package`].
+        dtype: dtype of the corrections.
+        options: options of [`write_package`].
     """
     taken, candidates = outcome.taken, outcome.candidates
     scored = candidates["layer"].scores if "layer" in candidates else None
@@ -395,7 +395,7 @@ def _write(outcome: Outcome, base: Path, output: Path, dtype, **options) -> None
 
 
 def _tell(outcome: Outcome) -> None:
-    """Tables on the screen, and what could be chosen otherwise."""
+    """Print the tables, and hints about other choices."""
     console, candidates, best = Console(), outcome.candidates, outcome.best
     means, _, shares = outcome.statistics
     if means:

@@ -1,4 +1,4 @@
-"""Where calibration prompts come from, and how a sample becomes model inputs."""
+"""Sources of calibration samples, and the model inputs of a sample."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GQA, FLICKR30K = "lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"
 
 
 class Sample(NamedTuple):
-    """A question about a picture; `answer` is empty where none is known."""
+    """A question about a picture; `answer` is empty if it is unknown."""
 
     id: str
     image: Path | Image.Image
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 def check_sources(sources: Sequence[str], images: Path | None) -> None:
-    """Raises [`ShortVError`] for a source of [`load_samples`] that cannot be there."""
+    """Raises [`ShortVError`] if a source of [`load_samples`] cannot exist."""
     for source in sources:
         if source not in NAMED and images is None:
             raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
@@ -38,12 +38,12 @@ def check_sources(sources: Sequence[str], images: Path | None) -> None:
 def load_samples(
     sources: Sequence[str], images: Path | None, number: int, seed: int | None, at_most: bool = False
 ) -> list[Sample]:
-    """`number` samples from each source, all of one with fewer if `at_most`.
+    """`number` samples from each source; with `at_most`, all samples of a source that has fewer.
 
     Args:
         sources: `gqa`, `flickr30k`, `shapes` (the embedded set), or a file of questions in LLaVA's format.
-        images: the folder of the pictures that question files name.
-        seed: of a draw at random; None takes the first samples.
+        images: folder of the pictures that question files name.
+        seed: seed of the random draw; None takes the first samples.
 
     Raises:
         ShortVError: if a source cannot be read or holds fewer samples.
@@ -67,7 +67,7 @@ def load_samples(
 def fit_samples(
     sources: Sequence[str], images: Path | None, number: int, seed: int | None, held_out: Sequence[Sample]
 ) -> list[Sample]:
-    """Up to `number` samples from each source, about pictures that no held-out sample is about.
+    """Up to `number` samples from each source, without the pictures of held-out samples.
 
     Args:
         sources, images, seed: as for [`load_samples`].
@@ -92,7 +92,7 @@ def _picture(sample: Sample):
 
 
 def gqa_samples(number: int, seed: int | None, repository: str = GQA) -> list[Sample]:
-    """Samples of GQA's balanced testdev split: all questions are read, pictures until those of the draw are found."""
+    """Samples of GQA's balanced testdev split. All questions are read, but pictures only until all drawn are found."""
     questions = list(stream(Table(repository, "testdev", "testdev_balanced_instructions")))
     number = min(number, len(questions))
     drawn = questions[:number] if seed is None else random.Random(seed).sample(questions, number)
@@ -112,7 +112,7 @@ def gqa_samples(number: int, seed: int | None, repository: str = GQA) -> list[Sa
 
 
 def flickr30k_samples(number: int, seed: int | None, repository: str = FLICKR30K) -> list[Sample]:
-    """Samples of Flickr30K's test split, shuffled as they stream in if there is a seed."""
+    """Samples of Flickr30K's test split, streamed, and shuffled if there is a seed."""
     rows = stream(Table(repository, "test"), shuffle_seed=seed, take=number)
     return [Sample(str(row["img_id"]), row["image"], CAPTION_PROMPT, row["caption"][0]) for row in rows]
 
@@ -136,11 +136,11 @@ def embedded_samples() -> list[Sample]:
 
 
 def draw(samples: Sequence[Sample], number: int, seed: int | None, name: str = "the data") -> list[Sample]:
-    """`number` of the samples at random, the same for the same seed; without one the first. A larger draw begins with a
-    smaller one.
+    """`number` random samples, the same for the same seed; without a seed the first ones. A larger draw begins with
+    the samples of a smaller one.
 
     Raises:
-        ShortVError: if there are fewer.
+        ShortVError: if there are fewer samples.
     """
     if number > len(samples):
         raise ShortVError(
@@ -154,7 +154,7 @@ def make_inputs(processor, samples: Sequence[Sample], config=None, answered: boo
     """Model inputs (a processor's output, on the CPU) for a batch of samples, with their answers if `answered`.
 
     Raises:
-        ShortVError: if a picture cannot be read, or one is longer than the context of the model with this `config`.
+        ShortVError: if a picture cannot be read, or a sample is longer than the model's context, by its `config`.
     """
     prompts = [make_prompt(processor, sample.question) for sample in samples]
     inputs = process(

@@ -1,7 +1,8 @@
-"""From scores to what is frozen.
+"""Choose from scores what to freeze.
 
-A unit is what is frozen at a time: a layer (units 0 to L - 1), or with granularity `block` an attention block (unit i
-for layer i) or an FFN block (unit L + i). A strategy puts units in order of replacement; a budget says how many.
+A unit is the smallest part that can be frozen: a layer (units 0 to L - 1), or with granularity `block` an attention
+block (unit i for layer i) or an FFN block (unit L + i). A strategy gives the order of replacement, a budget the number
+of units.
 """
 
 import random
@@ -15,7 +16,7 @@ from shortv_llava.calibrate import Granularity, Strategy
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import TEXT_TOKENS, block_flops, image_tokens, lowest, prefill_flops
 
-DEFAULT_FRACTION = 0.6  # of the layers are replaced: 19 of 32 and 24 of 40, as published
+DEFAULT_FRACTION = 0.6  # of the layers: 19 of 32 and 24 of 40, as published
 RESAMPLES = 1000
 
 
@@ -24,12 +25,12 @@ def number_of_layers(num_layers: int, fraction: float = DEFAULT_FRACTION) -> int
 
 
 class Units:
-    """The units of one model, and what freezing them saves for a prompt of the paper's length.
+    """The units of one model, and the operations that freezing them saves for a prompt of the paper's length.
 
     Args:
         config: a ShortV configuration.
         granularity: whether a unit is a layer or a block.
-        correction_rank: of the corrections of frozen layers and FFNs but the last layer's; 0 for none.
+        correction_rank: rank of the corrections of frozen layers and FFNs except the last layer's; 0 for none.
     """
 
     def __init__(self, config, granularity: Granularity, correction_rank: int = 0):
@@ -49,7 +50,7 @@ class Units:
         return attention if unit < self.num_layers else ffn
 
     def frozen(self, units: Sequence[int]) -> dict[str, list[int]]:
-        """The configuration's three lists; a layer with both blocks frozen is a replaced one."""
+        """The configuration's three lists; a layer with both blocks frozen counts as replaced."""
         attention = [unit for unit in units if unit < self.num_layers]
         ffn = (
             attention
@@ -70,7 +71,7 @@ class Units:
         return self._ratio(attention, ffn)
 
     def ratio_of_layers(self, number: int) -> float:
-        """FLOPs ratio r of the model with so many whole layers frozen."""
+        """FLOPs ratio r of the model with `number` whole layers frozen."""
         layers = range(number)
         return self._ratio(layers, layers)
 
@@ -80,18 +81,18 @@ class Units:
         return frozen / prefill_flops(self.text_config, *self.tokens)
 
     def reaching(self, order: Sequence[int], ratio: float) -> int:
-        """How many units of `order` bring the FLOPs ratio down to `ratio`; all if none do."""
+        """How many units of `order` bring the FLOPs ratio down to `ratio`; all if it is not reached."""
         for number in range(len(order) + 1):
             if self.ratio(order[:number]) <= ratio + 1e-9:
                 return number
         return len(order)
 
     def order_by(self, scores: Sequence[float]) -> list[int]:
-        """Ascending by score per operation saved."""
+        """The units in ascending order of score per operation saved."""
         return lowest([score / self.saved(unit) for unit, score in enumerate(scores)])
 
     def order_greedily(self, divergence: Callable[[tuple[int, ...]], float]) -> list[int]:
-        """Add, again and again, the unit that adds least `divergence` (of units together) per operation saved."""
+        """Repeatedly add the unit that adds least `divergence` (of all chosen units together) per operation saved."""
         order, reached = [], 0.0
         while len(order) < len(self):
             found = {unit: divergence((*order, unit)) for unit in range(len(self)) if unit not in order}
@@ -109,11 +110,11 @@ class Choice:
     """How to choose what is frozen.
 
     Args:
-        strategy: by default `corrected-lc`, LC with the layer corrected, or without correction `lc`.
-        granularity: `layer`, `block`, or `auto`: whichever diverges less on held-out samples at the same FLOPs.
-        num_layers, fraction, flops_ratio, max_divergence: the budget; at most one, a fraction of 0.6 by default.
-        seed: of random choices and of the bootstrap.
-        correction_rank: of the corrections; None for none.
+        strategy: by default `corrected-lc` (LC with the layer corrected) with corrections, else `lc`.
+        granularity: `layer`, `block`, or `auto`: the one that diverges less on held-out samples at the same FLOPs.
+        num_layers, fraction, flops_ratio, max_divergence: the budget; at most one, by default a fraction of 0.6.
+        seed: seed of random choices and of the bootstrap.
+        correction_rank: rank of the corrections; None for no corrections.
         layers: given layers, in place of a choice.
     """
 
@@ -135,7 +136,7 @@ class Choice:
         return self.strategy or ("corrected-lc" if self.correction_rank else "lc")
 
     def check(self, num_layers: int | None = None) -> None:
-        """Raises ShortVError if the options contradict one another or, where that is known, the model."""
+        """Raises ShortVError if the options contradict one another or, if `num_layers` is given, the model."""
         for name, value, known in (
             ("strategy", self.strategy or "lc", get_args(Strategy)),
             ("granularity", self.granularity, (*get_args(Granularity), "auto")),
@@ -165,7 +166,7 @@ class Choice:
             raise ShortVError("--strategy cosine compares the states around whole layers; it needs --granularity layer")
 
     def number(self, units: Units, order: Sequence[int], curve: Sequence[dict]) -> int:
-        """How many units of `order` the budget allows or, for layers counted, their operations amount to.
+        """How many units of `order` the budget allows; a number of layers is converted by the operations saved.
 
         Args:
             curve: the cost of every number, see [`Candidate`].
@@ -183,11 +184,11 @@ class Choice:
 
 
 def bootstrap(scores: np.ndarray, number: int, saved: Sequence[int], seed: int):
-    """How sure a choice by LC is: resample the samples and choose again.
+    """How stable a choice by LC is: resample the samples and choose again.
 
     Args:
-        scores: `(samples, units)`.
-        number: of units chosen.
+        scores: LC scores, `(samples, units)`.
+        number: number of units chosen.
         saved: operations saved by each unit.
 
     Returns:

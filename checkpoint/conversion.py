@@ -190,7 +190,7 @@ def merge(adapter: Path, base: Path, output: Path) -> list[str]:
 
 
 def check_presence(source: Path, weights: Path) -> None:
-    """Refuse a source without a language model, or a base in another layout, each with its own message.
+    """Refuse a source without a language model, or an adapter's base in another layout.
 
     Args:
         source: folder of config.json, in the original layout.

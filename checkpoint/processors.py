@@ -112,7 +112,7 @@ def load_processor(folder: Path, chat_template: str | None = None, image_aspect_
     """The processor of a checkpoint or package folder, from corrected files, see [`write_processor`].
 
     Raises:
-        ShortVError: if there is no processor, or it gives no prompt with a picture, or no pixels that the model accepts.
+        ShortVError: if there is no processor, it gives no prompt with a picture, or no pixels that the model accepts.
         ImportError: if it needs a missing library, such as torchvision.
     """
     from shortv_llava.checkpoint.checks import check_pictures, model_without_weights

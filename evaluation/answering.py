@@ -1,4 +1,4 @@
-"""Answers to many questions, in batches; what prompts about one picture have in common is prefilled once."""
+"""Answer many questions in batches; the common prefix of prompts about one picture is prefilled once."""
 
 import os
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ class Tokens(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What came of a batch.
+    """Results of a batch.
 
     Args:
-        answers: without white space around them.
-        logits: of the token after each prompt, (number of answers, vocabulary), float32.
-        prompted: tokens of all prompts.
-        prefilled: of these, those that went through the model; without shared prefixes all.
+        answers: answers, stripped of white space.
+        logits: logits of the token after each prompt, (number of answers, vocabulary), float32.
+        prompted: number of tokens of all prompts.
+        prefilled: number of prompt tokens that the model computed; equal to `prompted` without shared prefixes.
     """
 
     answers: list[str]
@@ -40,7 +40,7 @@ class Answered(NamedTuple):
 
 
 class _FirstLogits(LogitsProcessor):
-    """Changes nothing and keeps what the first token of a generation is taken by."""
+    """Keeps the scores of a generation's first token, and changes nothing."""
 
     logits: torch.Tensor | None = None
 
@@ -53,19 +53,19 @@ class _FirstLogits(LogitsProcessor):
 class Answerer:
     """Answers batches of questions with a model.
 
-    Prompts about the same picture begin alike: system sentence, visual tokens, often the question's first words. That
-    goes through the model once, and its keys and values serve all questions about the picture.
+    Prompts about the same picture share a prefix: system sentence, visual tokens, often the question's first words. The
+    prefix is prefilled once, and its keys and values serve all questions about the picture.
 
     Args:
-        batch_size: rows in the model at once, whatever the number of questions about a picture.
-        max_new_tokens: of an answer.
+        batch_size: largest number of rows in a forward pass.
+        max_new_tokens: limit for an answer.
         shared_prefix: whether to prefill a picture once; if not, once for each question about it.
         temperature: 0 takes the likeliest token each time.
-        seed: of the sampling, for each batch.
+        seed: seed of the sampling, for each batch.
         vicuna_system: see [`make_prompt`].
 
     Attributes:
-        settings: what answers depend on beside model, layers and question.
+        settings: settings that answers depend on, in addition to model, layers and question.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Answerer:
         return batches
 
     def _groups(self, questions: Sequence[Question]) -> list[list[int]]:
-        """Numbers of the questions that can share a prefix."""
+        """Groups of indices of questions that can share a prefix."""
         groups: dict[object, list[int]] = {}
         for number, question in enumerate(questions):
             shares = self.shared_prefix and question.image_id is not None and len(question.images) == 1
@@ -135,12 +135,12 @@ class Answerer:
         return Answered(*self._generate(inputs), tokens, tokens)
 
     def inputs(self, batch: Sequence[Question]):
-        """What the model is given for a batch, each question with its own picture."""
+        """Model inputs for a batch, each question with its own picture."""
         prompts = [self._prompt(question) for question in batch]
         return self._process(prompts, [picture for question in batch for picture in open_images(question)])
 
     def _answer_groups(self, batch: Sequence[Question], prompts: list[str], groups: list[list[int]]) -> Answered:
-        """What the prompts of each group begin with is prefilled once."""
+        """Answers to a batch; the common prefix of each group is prefilled once."""
         firsts = [group[0] for group in groups]
         inputs = self._process(
             [prompts[n] for n in firsts], [picture for n in firsts for picture in open_images(batch[n])]
@@ -156,7 +156,7 @@ class Answerer:
                 rows = tokenize(self.processor, texts)
             for number, row in zip(group, rows):
                 check_length(self.model.config, len(row), f"question {batch[number].id!r}")
-            beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token is left to ask with
+            beginning = os.path.commonprefix([row[:-1] for row in rows])  # without the last token, which gives the logits
             beginnings.append(beginning)
             rests += [(number, index, row[len(beginning) :]) for number, row in zip(group, rows)]
             total, repeated = sum(map(len, rows)), (len(group) - 1) * len(beginning)
@@ -173,7 +173,7 @@ class Answerer:
             indices, tail = torch.tensor(indices, device=self.model.device), self._pad(ids)
 
             def of_rows(states: torch.Tensor, indices=indices) -> torch.Tensor:
-                # The cache copies what it is given; of one picture's states no copy is made before.
+                # The cache copies the states, so one picture's states are only expanded here.
                 return states[indices] if len(groups) > 1 else states.expand(len(indices), -1, -1, -1)
 
             copied = DynamicCache()
@@ -191,7 +191,7 @@ class Answerer:
         return process(self.processor, prompts, pictures).to(self.model.device, self.model.dtype)
 
     def _pad(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """Rows of token ids, filled up on the left, with their mask."""
+        """Rows of token ids, padded on the left, with their mask."""
         padded = self.processor.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
         return {key: padded[key] for key in ("input_ids", "attention_mask")}
 

@@ -1,4 +1,4 @@
-"""Answer files in LLaVA's format, appended to as answers come and never torn."""
+"""Answer files in LLaVA's format. Answers are appended as they come; an interruption does not damage the file."""
 
 import json
 import uuid
@@ -15,18 +15,18 @@ class AnswersFile:
     """Answers by question id, a JSON object a line, as LLaVA's scoring scripts read them.
 
     Args:
-        path: the file; what it holds of an interrupted run is kept.
+        path: the file; answers of an interrupted run are kept.
         model_id: name of the model.
-        metadata: what the answers depend on; kept with each.
+        metadata: settings that the answers depend on; saved with each answer.
 
     Raises:
-        ShortVError: if the file holds answers of another model, of other settings or to other questions.
+        ShortVError: if the file holds answers of another model, with other settings or to other questions.
     """
 
     def __init__(self, path: Path, model_id: str, metadata: dict, questions: Sequence[Question]):
         self.path, self.model_id, self.metadata = path, model_id, json.loads(json.dumps(metadata))
         self.questions = {question.id: question for question in questions}
-        self.ids: dict[tuple, list[int | str]] = {}  # of the questions that a line's id and prompt may stand for
+        self.ids: dict[tuple, list[int | str]] = {}  # question ids by a line's id and prompt
         for question in questions:
             line = self._line(question, "")
             self.ids.setdefault((line["question_id"], line["prompt"]), []).append(question.id)
@@ -55,11 +55,11 @@ class AnswersFile:
 
     @property
     def answers(self) -> dict[int | str, str]:
-        """By question id, of all questions answered so far, in the questions' order."""
+        """Answers by question id, for all questions answered so far, in the order of the questions."""
         return {id: self.lines[id]["text"] for id in self.questions if id in self.lines}
 
     def add(self, questions: Sequence[Question], answers: Sequence[str], write: bool = True) -> None:
-        """Take in the answers that are not there yet; with `write`, which one process of many sets, for good."""
+        """Add answers to questions not answered yet; with `write`, set in one process only, append them to the file."""
         new = {q.id: self._line(q, answer) for q, answer in zip(questions, answers) if q.id not in self.lines}
         self.lines |= new
         if write:
@@ -76,7 +76,7 @@ class AnswersFile:
         }
 
     def finish(self) -> None:
-        """Put the lines into the order of the questions, which is not the order of their answering."""
+        """Sort the lines into the order of the questions; they were answered in another order."""
         with replacing_file(self.path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for id in self.questions:
                 file.write(json.dumps(self.lines[id], ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`shortv evaluate`: from options to answers, a table, results.json, a plot and the model card."""
+"""`shortv evaluate`: answer and score questions; write a table, results.json, a plot and the model card."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,14 +17,14 @@ from shortv_llava.evaluation.tasks import TASKS, Task
 from shortv_llava.files.outputs import only_one
 from shortv_llava.hub.card import record_score, text_hint
 
-MAX_NEW_TOKENS = 128  # of LLaVA's own script for question files
+MAX_NEW_TOKENS = 128  # as in LLaVA's own script for question files
 
 
 def run(options: EvaluationOptions) -> None:
-    """Evaluate and tell.
+    """Evaluate, and report the results.
 
     Args:
-        options: checked ones, see [`EvaluationOptions.check`].
+        options: checked options, see [`EvaluationOptions.check`].
 
     Raises:
         ShortVError: if data or references are missing, or the output folder holds other answers.
@@ -57,7 +57,7 @@ def _run_questions(options: EvaluationOptions) -> None:
         loaded.processor,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or (task.max_new_tokens if task else MAX_NEW_TOKENS),
-        # What is dropped of a picture depends on the whole prompt.
+        # Which visual tokens are dropped depends on the whole prompt.
         shared_prefix=options.shared_prefix and not any(found.dropping for found in methods),
         temperature=options.temperature,
         top_p=options.top_p,
@@ -127,12 +127,12 @@ def _is_main_process() -> bool:
 
 
 def _alone(output: Path) -> AbstractContextManager:
-    """The main process sees that no other command writes into the folder."""
+    """In the main process, ensure that no other command writes into the folder."""
     return only_one(output) if _is_main_process() else nullcontext()
 
 
 def _check_layers(options: EvaluationOptions, config) -> None:
-    """Raises ShortVError if the card would tell scores of other layers than its package's."""
+    """Raises ShortVError if the card would show scores of other layers than its package's."""
     if options.card is not None and _computed(config) != _computed(config_object(read_config(options.card))):
         raise ShortVError(
             f"--card {options.card}: its layers are not those to be evaluated; leave out --card or the layers"
@@ -140,12 +140,12 @@ def _check_layers(options: EvaluationOptions, config) -> None:
 
 
 def _computed(config) -> tuple:
-    """What a configuration says of the layers that are not computed as in the base model."""
+    """The entries of a configuration for layers that are not computed as in the base model."""
     return config.frozen_layers(), config.correction_rank, config.corrected_layers
 
 
 def _write_uploads(task: Task, questions: Sequence[Question], results: Sequence, output: Path) -> None:
-    """Write, or name, the files of [`Result`]s that are scored elsewhere."""
+    """Write the upload files of [`Result`]s that are scored elsewhere, or print which files to upload."""
     from shortv_llava.evaluation.run import answers_file
 
     for result in results:

@@ -1,4 +1,4 @@
-"""FastV and VTW as they save time: a prefill whose later layers get fewer tokens, and keep shorter caches."""
+"""FastV and VTW with tokens really dropped: later layers of a prefill get fewer tokens and have shorter caches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ from shortv_llava.modeling_shortv_llava import FrozenTokens
 
 @contextmanager
 def dropped(model, dropping: Dropping | None) -> Iterator[None]:
-    """For a while the model drops visual tokens; with None it drops none.
+    """Make the model drop visual tokens within the context; with None it drops none.
 
-    Tokens left keep their order and their positions. A pass on an empty cache is a prompt, any other generates.
-    Rows have no padding and as many visual tokens as one another. Besides, the score of FastV computes one layer's keys
-    a second time.
+    Kept tokens keep their order and their positions. A pass with an empty cache is a prompt, any other pass generates.
+    Rows must have no padding and equal numbers of visual tokens. The score of FastV computes one layer's keys a second
+    time.
 
     Args:
         model: LLaVA or ShortV LLaVA with its head, with SDPA or eager attention.
@@ -42,12 +42,13 @@ def dropped(model, dropping: Dropping | None) -> Iterator[None]:
 
 
 class _Dropper:
-    """Forward pre-hooks, and what they know of the pass.
+    """Forward pre-hooks, and their state for the current pass.
 
     Attributes:
-        is_prompt: whether the pass is one.
-        ids: its tokens (B, S).
-        left: index (B, T) of those that are left; `given`, the keywords that go with them to all later layers.
+        is_prompt: whether the pass is a prompt.
+        ids: token ids of the pass (B, S).
+        left: index (B, T) of the kept tokens.
+        given: keyword arguments of all later layers, for the kept tokens.
     """
 
     def __init__(self, model, dropping: Dropping):
@@ -71,7 +72,7 @@ class _Dropper:
     def drop(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not self.is_prompt:
             mask = kwargs["attention_mask"]
-            if mask is not None:  # without padding it says nothing but how many keys there are
+            if mask is not None:  # without padding only its number of keys matters
                 seen = kwargs[cache_name()].get_seq_length(layer.self_attn.layer_idx)
                 kwargs = kwargs | {"attention_mask": mask[..., : seen + args[0].shape[1]]}
             return args, kwargs
@@ -85,7 +86,7 @@ class _Dropper:
         return states[torch.arange(len(left), device=states.device)[:, None], left]
 
     def _gather(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What of a layer's keywords is of tokens, of those that are left."""
+        """A layer's keyword arguments with one entry a token, for the kept tokens only."""
         given = {"position_embeddings": tuple(map(self._rows, kwargs["position_embeddings"]))}
         mask = kwargs["attention_mask"]
         if mask is not None:

@@ -1,4 +1,4 @@
-"""The model `shortv_llava` of lmms-eval: its requests become questions, pictures are prefilled once for all of them."""
+"""The model `shortv_llava` of lmms-eval: requests become questions, and each picture is prefilled once."""
 
 import hashlib
 import os
@@ -23,21 +23,20 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer
 from shortv_llava.evaluation.questions import Question, open_images
 
-MAX_NEW_TOKENS = 1024  # where a task sets none, as for the harness's own LLaVA
+MAX_NEW_TOKENS = 1024  # if a task sets none, as for the harness's own LLaVA
 FEWSHOT_DELIMITER = "\n\n"
 
 
 class ShortVLlava(lmms):
     """A ShortV package, or a LLaVA checkpoint, for tasks about pictures and text.
 
-    A request's picture is read when its turn comes. Pictures stand before the text, unless the text has an `<image>`
-    for each.
+    Pictures are read when a request is processed. They come before the text, unless the text has an `<image>` for each.
 
     Args:
         pretrained: folder or Hub id.
-        replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit, image_aspect_ratio: of [`load`].
+        replaced_layers, dtype, device_map, load_in_4bit, load_in_8bit, image_aspect_ratio: as for [`load`].
         device, batch_size: the harness's options.
-        shared_prefix: whether requests about the same picture, in this process, prefill it once.
+        shared_prefix: whether to prefill a picture once for all requests about it in this process.
 
     Raises:
         ShortVError: if the model cannot be loaded, or the batch size is no number.
@@ -67,10 +66,10 @@ class ShortVLlava(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "ShortVLlava":
-        """The model that `--model_args` describes; unlike the harness's own reading, layers may have commas between.
+        """The model that `--model_args` describes. Unlike in the harness's own parser, layers may contain commas.
 
         Raises:
-            ShortVError: if it is not `name=value,…`, and as the constructor.
+            ShortVError: if the text is not `name=value,…`, or the constructor raises it.
         """
         arguments = {}
         for argument in filter(None, re.split(r",(?=\s*\w+=)", arg_string)):
@@ -87,7 +86,7 @@ class ShortVLlava(lmms):
         return self._answer(questions, [request.args[1] for request in requests])
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """The answers of all rounds; after each round the task's `doc_to_text` tells what is asked next."""
+        """The answers of all rounds; after each round the task's `doc_to_text` gives the next question."""
         outputs: list[list[str]] = [[] for _ in requests]
         infos: list[Any] = [None] * len(requests)
         asked, finished_rounds = self._questions(requests), 0
@@ -111,8 +110,8 @@ class ShortVLlava(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """The mean loss of each continuation, and whether each of its tokens is the likeliest.
 
-        A loss, as the harness's own LLaVA gives it and its multiple choice takes it, in spite of the method's name.
-        Wrapped, for the harness makes a text of a bare pair, which it cannot score then.
+        Despite the method's name it is a loss, as in the harness's own LLaVA and as its multiple choice expects. Pairs
+        are wrapped, because the harness converts a bare pair to a string and cannot score that.
         """
         continuations = [request.args[1] for request in requests]
         for number, request in enumerate(requests):
@@ -129,7 +128,7 @@ class ShortVLlava(lmms):
         return [GenerationResult(results[number]) for number in range(len(requests))]
 
     def _score(self, batch: Sequence[Question], continuations: Sequence[str]) -> list[tuple[float, bool]]:
-        """Of each continuation, which ends its row, mean loss and whether it is the likeliest."""
+        """Mean loss of each continuation, which ends its row, and whether it is the likeliest."""
         prompts = [make_prompt(self.processor, question.text, len(question.images)) for question in batch]
         texts = [prompt + continuation for prompt, continuation in zip(prompts, continuations)]
         lengths = [
@@ -161,7 +160,7 @@ class ShortVLlava(lmms):
                     self.model, self.processor, self.batch_size, max_new_tokens, self.shared_prefix, temperature, top_p
                 )
                 for batch in answerer.batches(group):
-                    # Drawn from what the harness's --seed began: repeats of a request in other batches shall differ.
+                    # Drawn from the harness's --seed, so that repeats of a request in other batches differ.
                     answerer.seed = int(torch.randint(2**31, ()))
                     answers |= zip([question.id for question in batch], answerer.answer(batch).answers)
                     bar.update(len(batch))
@@ -171,7 +170,7 @@ class ShortVLlava(lmms):
         return tqdm(total=len(questions), desc="questions", unit="q", disable=self.rank != 0)
 
     def _questions(self, requests: Sequence[Instance]) -> list[Question]:
-        """The first questions of requests, with the requests' numbers as ids."""
+        """The first question of each request, with the request's number as id."""
         with tqdm(requests, desc="pictures", disable=self.rank != 0) as bar:
             return [
                 self._question(number, request.args[0], partial(self._request_pictures, request))
@@ -179,7 +178,7 @@ class ShortVLlava(lmms):
             ]
 
     def _question(self, number: int, text: str, pictures: Callable[[], list[Image.Image]]) -> Question:
-        """A question about pictures that are read now, to know which are the same, and again when they are needed."""
+        """A question about pictures. They are read now for their digests, and again when they are needed."""
         found, token = pictures(), self.processor.image_token
         is_placed = 0 < text.count(token) == len(found)
         if not is_placed:
@@ -196,10 +195,10 @@ class ShortVLlava(lmms):
 
 
 def _pictures(visuals: Sequence | None) -> list[Image.Image]:
-    """What a task's `doc_to_visual` gives: pictures, files of pictures, or nothing.
+    """The pictures that a task's `doc_to_visual` returns: pictures, files of pictures, or nothing.
 
     Raises:
-        ShortVError: if it is anything else, such as a video.
+        ShortVError: if it returns anything else, such as a video.
     """
     pictures = []
     for visual in visuals or ():
@@ -242,7 +241,7 @@ def _until(answer: str, settings: dict) -> str:
     """The answer up to the first of a task's stop strings."""
     stops = settings.get("until") or ()
     for stop in [stops] if isinstance(stops, str) else stops:
-        # Where a task names none, the harness puts in what parts its few-shot examples, and so LLaVA's paragraphs.
+        # If a task names none, the harness passes its few-shot delimiter, which also separates LLaVA's paragraphs.
         if stop and stop != FEWSHOT_DELIMITER:
             answer = answer.split(stop)[0]
     return answer.strip()

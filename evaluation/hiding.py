@@ -1,8 +1,8 @@
-"""FastV and VTW: what a model answers when it goes on without some visual tokens, or without any, from a layer on.
+"""FastV and VTW with masks: answers of a model that drops some or all visual tokens from a layer on.
 
-Here the tokens stay where they are, and masks hide them: nobody reads them from that layer on, in the prompt and in
-all that is generated after it. So answers are those of a model that drops them, to the rounding, for any batch,
-padding and number of pictures, on LLaVA and on ShortV alike. What dropping them saves, `evaluation/dropping.py` shows.
+The tokens stay in place, and masks hide them: no token attends to them from that layer on, in the prompt and in
+generation. So answers equal those of a model that drops the tokens, up to rounding, for any batch, padding and number
+of pictures, on LLaVA and on ShortV. `evaluation/dropping.py` really drops tokens, to measure the time that this saves.
 Shapes: B rows of S tokens, K keys, h hidden size, d head size.
 """
 
@@ -23,17 +23,17 @@ from shortv_llava.modeling_shortv_llava import rotate
 
 @contextmanager
 def hidden(model, dropping: Dropping | None) -> Iterator[None]:
-    """For a while the model answers as if it dropped visual tokens; with None, as it is.
+    """Make the model answer as if it dropped visual tokens within the context; with None nothing changes.
 
-    A prompt goes through the model in one pass, by its token ids, and its rows keep their order in the cache.
-    FastV counts the visual tokens of all pictures of a row together, and asks the last token that is no padding.
+    A prompt must be one forward pass with token ids, and its rows must keep their order in the cache.
+    FastV ranks the visual tokens of all pictures of a row together, by the attention of the last non-padding token.
 
     Args:
         model: LLaVA or ShortV LLaVA with its head.
 
     Raises:
         ShortVError: if the model's attention implementation is neither `sdpa` nor `eager`.
-        ValueError: in a pass, if it brings visual tokens on top of a cache.
+        ValueError: in a forward pass with a non-empty cache, if its tokens include visual tokens.
     """
     if dropping is None:
         yield
@@ -51,7 +51,7 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
 
 @contextmanager
 def forward_pre_hooks(hooks: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Modules have these hooks, which get the keywords too, for a while."""
+    """Register these hooks, which also get keyword arguments, within the context."""
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         yield
@@ -61,20 +61,20 @@ def forward_pre_hooks(hooks: Sequence[tuple[nn.Module, Callable]]) -> Iterator[N
 
 
 class _Hiding:
-    """Forward pre-hooks, and what they know of the pass and of the prompt before it.
+    """Forward pre-hooks, and their state for the current pass and its prompt.
 
     Attributes:
         past: number of tokens in the cache before the pass.
         visual, last: the prompt's visual tokens, boolean (B, S), and its last tokens, (B,).
-        dropped: boolean (B, S); None before they are chosen.
-        masks: of this pass, with what they were made from, by that one's id.
+        dropped: dropped tokens, boolean (B, S); None before they are chosen.
+        masks: masks of this pass, with the mask that each was made from, by the id of that mask.
     """
 
     def __init__(self, model, dropping: Dropping):
         self.config, self.dropping = model.config, dropping
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Of LLaVA without head: a pass on an empty cache is a prompt."""
+        """Hook of LLaVA without head: a pass with an empty cache is a prompt."""
         given = by_name(module, args, kwargs)
         self.past, self.masks = seen_before(given), {}
         visual = visual_tokens(self.config, given["input_ids"])
@@ -85,26 +85,26 @@ class _Hiding:
             raise ValueError("visual tokens on top of a cache: which are dropped depends on the whole prompt")
 
     def choose(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Of the attention of the last layer that sees all visual tokens."""
+        """Hook of the attention of the last layer that sees all visual tokens: choose the tokens to drop."""
         if self.dropped is None:
             weights = last_row_attention(attention, self.last, **kwargs)
             visual = self.visual.to(weights.device)
             self.dropped = visual & ~most_attended(weights, visual, self.dropping)
 
     def hide(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Of each layer after that."""
+        """Hook of each later layer: hide the dropped tokens in its mask."""
         given = kwargs["attention_mask"]
-        if id(given) not in self.masks:  # one for all layers that were given the same
+        if id(given) not in self.masks:  # one for all layers with the same mask
             self.masks[id(given)] = given, self._mask(given, args[0])
         return args, kwargs | {"attention_mask": self.masks[id(given)][1]}
 
     def _mask(self, given: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-        """(B, 1, S, K), the mask that stock gave, or the causal one that it left to SDPA, with tokens hidden.
+        """(B, 1, S, K), stock's mask, or the causal mask if stock left it to SDPA, with the dropped tokens hidden.
 
-        A dropped token still sees itself, for a row of nothing is undefined.
+        A dropped token still attends to itself, because attention of an empty row is undefined.
         """
         seen = self.past + states.shape[1]
-        num_keys = seen if given is None else given.shape[-1]  # of a static cache more than were seen
+        num_keys = seen if given is None else given.shape[-1]  # a static cache has more keys than tokens seen
         device = states.device if given is None else given.device
         dropped = F.pad(self.dropped.to(device), (0, num_keys - self.dropped.shape[1]))
         query = torch.arange(self.past, seen, device=device)[:, None]
@@ -118,12 +118,12 @@ class _Hiding:
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module of transformers is called with, by parameter; LLaVA-NeXT gives ids by position."""
+    """Arguments of a call of transformers' module, by parameter name; LLaVA-NeXT passes ids by position."""
     return dict(zip(type(module).forward.__annotations__, args)) | kwargs  # stock annotates every parameter
 
 
 def seen_before(given: dict[str, Any]) -> int:
-    """How many tokens a pass finds in the cache."""
+    """Number of tokens in the cache before a pass."""
     cache = given.get(cache_name())
     return 0 if cache is None else int(cache.get_seq_length())
 
@@ -142,12 +142,12 @@ def last_row_attention(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of one token of each row to all, mean over heads: (B, S), float32 or as the states if that is finer.
+    """Attention of one token of each row to all, mean over heads: (B, S), in float32 or the states' dtype if finer.
 
     Args:
-        attention: of a layer; what follows `last` is what the layer calls it with.
-        last: (B,), index of that token.
-        hidden_states: (B, S, h), normed, of a pass on an empty cache.
+        attention: attention module of a layer; the arguments after `last` are those of the layer's call.
+        last: (B,), index of the token.
+        hidden_states: (B, S, h), normed states of a pass with an empty cache.
         position_embeddings: cosines and sines, (B or 1, S, d).
         attention_mask: (B or 1, 1, S, K), boolean or to be added; None for causal attention without padding.
     """
@@ -177,7 +177,7 @@ def last_row_attention(
 
 
 def most_attended(weights: torch.Tensor, visual: torch.Tensor, dropping: Dropping) -> torch.Tensor:
-    """Which of each row's visual tokens (B, S) are kept, by their attention (B, S); of equal ones the first."""
+    """Which of each row's visual tokens (B, S) are kept, by their attention weights (B, S); ties go to the first."""
     rank = weights.masked_fill(~visual, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept = torch.tensor([dropping.kept(number) for number in visual.sum(dim=1).tolist()], device=weights.device)
     return visual & (rank < kept[:, None])

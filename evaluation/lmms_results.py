@@ -1,4 +1,4 @@
-"""What lmms-eval's tasks found of a model's variants: the figure that they are compared by, and how far to trust it."""
+"""Results of lmms-eval's tasks for a model's variants: the headline figure of each task, and its interval."""
 
 import math
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ import numpy as np
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.scoring import resample
 
-# Of a task's figures the one that papers compare, by how its name ends, where that is not the task's first.
+# Endings of the names of figures that papers compare, if that is not the task's first figure.
 HEADLINES = ("CIDEr", "pope_f1_score", "average")
-# In names of figures that are no means of their samples' scores: those that papers print times 100, and up to what
-# value, for some tasks do so too.
+# Figures that are not means of their samples' scores but that papers print times 100: part of the name, and the
+# largest value of a share. Larger values were multiplied by the task already.
 SHARES = {"acc": 1, "f1": 1, "CIDEr": 10}
 
 
 @dataclass
 class TaskResult:
-    """What came of a variant.
+    """A task's results for one variant.
 
     Args:
-        name: of the variant.
+        name: name of the variant.
         scores: all figures of the task, as lmms-eval gives them.
-        seconds: that answering took, without what was set up for a first question.
-        headline, interval: the figure that variants are compared by, and where it lies with 95% confidence.
+        seconds: time of answering, without the set-up for a first question.
+        headline, interval: the figure that variants are compared by, and its 95% interval.
         retention, retention_interval: that figure in percent of the dense model's.
     """
 
@@ -39,14 +39,14 @@ class TaskResult:
 
 @dataclass
 class TaskResults:
-    """What came of a task.
+    """Results of a task.
 
     Args:
-        name: lmms-eval's.
+        name: lmms-eval's name.
         dataset: Hub id of its data; None for data of one's own.
-        metric: which of its figures the headline is.
-        questions: its samples.
-        results: of each variant, the dense model's first if it was evaluated.
+        metric: name of the headline figure.
+        questions: number of its samples.
+        results: results of each variant, the dense model's first if it was evaluated.
     """
 
     name: str
@@ -57,17 +57,17 @@ class TaskResults:
 
 
 def compare(task: str, runs: Mapping[str, dict]) -> TaskResults:
-    """A task's figures side by side.
+    """Compare a task's figures between variants.
 
-    Where the headline is the mean of its samples' scores, it has an interval: pictures are resampled as by
-    [`bootstrap`], the same for all variants. Shares are told in percent.
+    The headline has an interval if it is the mean of its samples' scores: pictures are resampled as by
+    [`bootstrap`], the same for all variants. Shares are in percent.
 
     Args:
-        runs: of each variant `seconds`, `dataset`, `questions`, `figures` by name, the task's first before others, and
+        runs: for each variant `seconds`, `dataset`, `questions`, `figures` by name (the task's first figure first), and
             `samples`, each with `doc_id`, `picture` and `scores` by figure.
 
     Raises:
-        ShortVError: if variants were asked different samples, or the task gives no figure.
+        ShortVError: if variants have different samples, or the task gives no figure.
     """
     first = next(iter(runs.values()))
     asked = [sample["doc_id"] for sample in first["samples"]]
@@ -100,7 +100,7 @@ def compare(task: str, runs: Mapping[str, dict]) -> TaskResults:
 
 
 def _sample_scores(runs: Mapping[str, dict], metric: str, values: list[float]) -> np.ndarray | None:
-    """(samples, variants), if the headlines are their means; None if they are something else."""
+    """Scores (samples, variants) if the headlines are their means, else None."""
     columns = []
     for run, value in zip(runs.values(), values):
         column = [sample["scores"].get(metric) for sample in run["samples"]]

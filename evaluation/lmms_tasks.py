@@ -1,4 +1,4 @@
-"""lmms-eval's tasks for the variants of one model: `shortv evaluate --lmms-tasks`."""
+"""Run lmms-eval's tasks on the variants of one model: `shortv evaluate --lmms-tasks`."""
 
 import difflib
 import functools
@@ -37,20 +37,20 @@ CORRECTED = "corrected"
 
 
 class TimedLlava(ShortVLlava):
-    """The model of the harness, which tells how long a task's answers took and what its samples are about.
+    """The harness's model, which also records the time of a task's answers and the pictures of its samples.
 
     Attributes:
-        seconds: by task, since it was emptied.
-        image_ids: by task and document, what stands for the same picture in several.
+        seconds: time by task, since the dictionary was last cleared.
+        image_ids: id of the picture by task and document, equal for equal pictures.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.seconds, self.image_ids = {}, {}
-        self.tasks: list[str] = []  # of the requests at hand
+        self.tasks: list[str] = []  # tasks of the current requests
 
     def clean(self) -> None:
-        """Nothing, where lmms-eval would give the model away after its tasks: the next variant needs it."""
+        """Do nothing. lmms-eval would release the model after its tasks, but the next variant needs it."""
 
     def _answer(self, questions: Sequence[Question], settings: Sequence[dict]) -> list[str]:
         return self._timed(super()._answer, questions, settings)
@@ -59,14 +59,14 @@ class TimedLlava(ShortVLlava):
         return self._timed(super()._score, batch, continuations)
 
     def _timed(self, method: Callable, questions: Sequence[Question], asked: Sequence) -> list:
-        """What a method makes of questions and of what else is asked of them, one task after another."""
+        """Results of a method for questions and its second argument, computed and timed task by task."""
         numbers: dict[str, list[int]] = {}
         for number, question in enumerate(questions):
             numbers.setdefault(self.tasks[question.id], []).append(number)
         found = {}
         for task, members in numbers.items():
             given = [questions[number] for number in members], [asked[number] for number in members]
-            if task not in self.seconds:  # what a first pass sets up shall not count for the first variant
+            if task not in self.seconds:  # warm-up, so that set-up does not count for the first variant
                 with torch.random.fork_rng():
                     method(*(each[:1] for each in given))
             began = time.perf_counter()
@@ -83,8 +83,8 @@ class TimedLlava(ShortVLlava):
 
 
 def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
-    """Raises [`ShortVError`] if lmms-eval has no such task, group or tag, the folder's own included, or one of them
-    needs a library that is not there."""
+    """Raises [`ShortVError`] if neither lmms-eval nor `include_path` has such a task, group or tag, or one of them
+    needs a missing library."""
     manager = _task_manager(include_path)
     known = manager.all_tasks
     for name in names:
@@ -102,13 +102,13 @@ def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
 
 @functools.cache
 def _task_manager(include_path: Path | None) -> TaskManager:
-    logger.remove()  # lmms-eval tells how it reads each file
+    logger.remove()  # lmms-eval logs the reading of each file
     logger.add(sys.stderr, level="WARNING")
     return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
 def choose_variants(config, compares: bool) -> list[Variant]:
-    """The model as it is; for a comparison the dense one before it, and the same layers without their corrections."""
+    """The model itself; for a comparison also the dense model, before it, and its layers without corrections."""
     found = variants_of(config, compares)
     own = found[-1]
     if config.frozen_layers()[1] & set(config.corrected_layers):
@@ -124,17 +124,17 @@ def evaluate(
     settings: dict,
     include_path: Path | None = None,
 ) -> list[TaskResults]:
-    """Ask each variant each task's samples, one variant after the other, and compare them.
+    """Run each task on each variant, one variant after the other, and compare the variants.
 
-    What is finished stands in `output` as `TASK-VARIANT.json`, with each sample's answer, and is not asked again.
+    Finished results are in `output` as `TASK-VARIANT.json`, with each sample's answer, and are not computed again.
 
     Args:
-        names: of tasks, groups and tags of lmms-eval.
-        settings: what results depend on beside the variant, `limit` and `seed` among them.
-        include_path: a folder of other tasks.
+        names: names of tasks, groups and tags of lmms-eval.
+        settings: settings that results depend on, besides the variant; they include `limit` and `seed`.
+        include_path: a folder of further tasks.
 
     Returns:
-        On the main process, of each task, and each group with a score of its own; elsewhere nothing.
+        In the main process, results of each task and of each group that has a score; in others an empty list.
 
     Raises:
         ShortVError: if a task's data cannot be loaded, or `output` holds results of other settings.
@@ -160,13 +160,13 @@ def evaluate(
 def _ask(
     model: TimedLlava, variant: Variant, name: str, output: Path, settings: dict, manager: TaskManager
 ) -> dict[str, dict] | None:
-    """Of each task that a name stands for what [`compare`] takes, on the main process."""
+    """The input of [`compare`] for each task that a name stands for, in the main process."""
     model.seconds, model.image_ids = {}, {}
-    # Where tasks put files of their own; the rest as lmms-eval's command line has it.
+    # `output_path` is where tasks write files of their own; the other value is the default of lmms-eval's command line.
     arguments = Namespace(output_path=str(output / variant.name), process_with_media=False)
     try:
-        with dense(model.model), variant.applied(model.model):  # its own layers come back afterwards
-            # Tasks are loaded anew for each variant: some add up what they have seen, as OCRBench.
+        with dense(model.model), variant.applied(model.model):  # the model's own layers are restored afterwards
+            # Tasks are loaded again for each variant, because some keep state between samples, such as OCRBench.
             found = simple_evaluate(
                 model,
                 tasks=[name],
@@ -176,7 +176,7 @@ def _ask(
                 bootstrap_iters=0,
                 cli_args=arguments,
             )
-    except RetryError as error:  # of loading the data
+    except RetryError as error:  # loading the data failed
         reason = first_line(error.last_attempt.exception())
         raise ShortVError(f"{name}: lmms-eval cannot load its data: {reason}") from error
     gathered = gather_object([(model.seconds, model.image_ids)])
@@ -194,7 +194,7 @@ def _entry(task: str, found: dict, seconds: dict, image_ids: dict) -> dict:
     """A task's or group's part of what lmms-eval gives."""
     config, members = found["configs"].get(task, {}), [task, *found["group_subtasks"].get(task, ())]
     values = {}
-    for key, value in found["results"][task].items():  # such as `anls,none`, of the first of several filters
+    for key, value in found["results"][task].items():  # such as `anls,none`; the first of several filters counts
         metric, comma, _ = key.partition(",")
         if comma and "_stderr" not in metric and _is_number(value):
             values.setdefault(metric, float(value))
@@ -226,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _sample_score(value: Any) -> float | None:
-    """A sample's score of a metric; tasks that add them up themselves keep it under `score`."""
+    """A sample's score of a metric; tasks that aggregate scores themselves store it under `score`."""
     value = value.get("score") if isinstance(value, dict) else value
     return float(value) if _is_number(value) else None
 
@@ -238,7 +238,7 @@ def _hub_id(path: str | None) -> str | None:
 
 
 def _read(path: Path, about: dict) -> dict[str, dict]:
-    """The tasks of a file that [`_write`] wrote.
+    """The tasks in a file of [`_write`].
 
     Raises:
         ShortVError: if it holds results of other settings.
