@@ -1,4 +1,4 @@
-"""`shortv chat`: from options to a terminal or a web page."""
+"""`shortv chat`: its options, and the terminal or web page."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,7 +51,7 @@ class ChatOptions:
     load_in_8bit: In8Bit = False
 
     def check(self) -> None:
-        """Raises a usage error or [`ShortVError`] for what can be told before anything is loaded."""
+        """Raises a usage error or [`ShortVError`] for wrong options, before anything is loaded."""
         check_bits(self.load_in_4bit, self.load_in_8bit)
         terminal_only = {
             "--image": self.image,
@@ -79,7 +79,7 @@ class ChatOptions:
 
 
 def run(options: ChatOptions) -> None:
-    """Talk until the user leaves."""
+    """Chat until the user leaves."""
     (_show_page if options.web else _talk)(options)
 
 

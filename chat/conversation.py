@@ -1,4 +1,4 @@
-"""A conversation about pictures; what was said stays in the cache."""
+"""A conversation about pictures, with a KV cache that is kept between turns."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.errors import ShortVError
 
 
-@dataclass(eq=False)  # told apart by identity: a file attached twice is two pictures
+@dataclass(eq=False)  # compared by identity: a file attached twice is two pictures
 class Picture:
-    """An image as the model takes it."""
+    """An image and its model inputs."""
 
     source: str
     num_tokens: int
@@ -35,8 +35,8 @@ class Turn:
     question: str
     pictures: list[Picture]
     answer: str = ""
-    stop: str = "interrupted"  # or, where the answer ended by itself or at a limit: "end", "length", "context"
-    visual_tokens: int = 0  # prefilled; as for the text, those found in the cache do not count
+    stop: str = "interrupted"  # or why the answer ended: "end", "length" (limit), "context" (full)
+    visual_tokens: int = 0  # prefilled in this turn; as for text, tokens in the cache do not count
     text_tokens: int = 0
     new_tokens: int = 0
     first_token_seconds: float = 0.0
@@ -46,17 +46,17 @@ class Turn:
 
 
 class Conversation:
-    """Turns of a chat with a ShortV model, which computes nothing twice.
+    """Turns of a chat with a ShortV model, with the KV cache kept between turns.
 
-    Each turn renders and tokenises the whole conversation, so answers are those of a conversation prefilled anew; but
-    only what follows the longest beginning that the cache holds already goes through the model. The decoding loop is
-    ours, since `generate` of transformers 4 hands images to the model only while the cache is empty.
+    Each turn renders and tokenises the whole conversation, so answers equal those of a conversation prefilled from the
+    start. Only the tokens after the longest prefix that is in the cache are computed. The decoding loop is ours,
+    because `generate` of transformers 4 passes images to the model only while the cache is empty.
 
     Args:
-        system (`str`, *optional*): the system sentence; if not given the chat template's own, for Vicuna that
-            of LLaVA's chat.
+        system (`str`, *optional*): the system sentence; by default the chat template's, for Vicuna that of LLaVA's
+            chat.
         temperature (`float`): 0 takes the likeliest token each time.
-        seed (`int`, *optional*): of the sampling.
+        seed (`int`, *optional*): seed of the sampling.
 
     Raises:
         ShortVError: if the model's chat template has no place for a system sentence.
@@ -84,24 +84,24 @@ class Conversation:
         self.turns: list[Turn] = []
         self.pending: list[Picture] = []  # for the next question
         self.cache = DynamicCache()
-        self.cached: list[int | Picture] = []  # what the cache holds, see `_sequence`
+        self.cached: list[int | Picture] = []  # tokens in the cache, see `_sequence`
 
         self.system = chat_system(processor) if system is None else system
         if self.system is not None and self.system not in self._render([Turn("", [])]):
             raise ShortVError("the model's chat template has no place for a system sentence; leave --system out")
 
     def attach(self, image: Image.Image, source: str) -> None:
-        """Let an image go with the next question. `source` is where it came from."""
+        """Attach an image to the next question. `source` is its file or URL."""
         inputs = self.processor(text=self.processor.image_token, images=image, return_tensors="pt")
         num_tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
         kept = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
         self.pending = [*self.pending, Picture(source, num_tokens, kept)]
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece. Closed early or interrupted, what came of it stays as the answer.
+        """Stream the answer. If the iterator is closed early or interrupted, the answer so far is kept.
 
         Raises:
-            ShortVError: if the conversation would be longer than the model's context; it is left as it was.
+            ShortVError: if the conversation would be longer than the model's context; the conversation is unchanged.
         """
         began = time.perf_counter()
         turn = Turn(question, self.pending, num_replaced_layers=len(self.model.config.replaced_layers))
@@ -132,7 +132,7 @@ class Conversation:
                 text = self.processor.tokenizer.decode(
                     answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 ).lstrip()
-                # Text that ends with half a character waits for the rest.
+                # Text that ends with an incomplete character waits for the rest.
                 if len(text) > len(turn.answer) and (turn.stop != "interrupted" or not text.endswith("\ufffd")):
                     piece, turn.answer = text[len(turn.answer) :], text
                     yield piece
@@ -144,7 +144,7 @@ class Conversation:
                 self.pending = []
 
     def undo(self) -> Turn | None:
-        """Take back the last turn, if any. Its pictures wait for the next question, before those that do already."""
+        """Remove the last turn, if any. Its pictures go to the front of those pending for the next question."""
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -156,16 +156,16 @@ class Conversation:
         self.turns, self.pending = [], []
 
     def set_layers(self, replaced_layers: Sequence[int] = (), attention: Sequence[int] = (), ffn: Sequence[int] = ()):
-        """Replace other layers from the next question on, see [`ShortVConfigMixin.set_replaced_layers`].
+        """Set the replaced layers from the next question on, see [`ShortVConfigMixin.set_replaced_layers`].
 
         Raises:
-            ValueError: if they do not fit the model.
+            ValueError: if the layers do not fit the model.
         """
         self.model.set_replaced_layers(replaced_layers, attention, ffn)
-        self.cached = []  # was computed with the other layers
+        self.cached = []  # the cache was computed with the old layers
 
     def messages(self) -> list[dict]:
-        """The conversation as chat templates and servers take it."""
+        """The conversation in the format of chat templates and servers."""
         return self._messages(self.turns)
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict]:
@@ -183,7 +183,7 @@ class Conversation:
         return self.processor.apply_chat_template(self._messages(turns)[:-1], add_generation_prompt=True)
 
     def _sequence(self, turns: Sequence[Turn]) -> list[int | Picture]:
-        """The prompt, an entry for each token the model sees: its id, or the picture for each of a picture's tokens."""
+        """The prompt with one entry a token: its id, or the picture for each of a picture's visual tokens."""
         [ids] = tokenize(self.processor, [self._render(turns)])
         pictures = [picture for turn in turns for picture in turn.pictures]
         places = ids.count(self.model.config.image_token_id)
@@ -202,7 +202,7 @@ class Conversation:
         return sequence
 
     def _keep_common(self, sequence: list[int | Picture]) -> list[int | Picture]:
-        """Cut the cache to the longest beginning it shares with the sequence. Returns the rest, one token at least."""
+        """Cut the cache to its longest common prefix with the sequence. Returns the rest, at least one token."""
         pairs = enumerate(zip(self.cached, sequence))
         shared = next((i for i, (old, new) in pairs if old != new), min(len(self.cached), len(sequence) - 1))
         if shared == 0:
@@ -215,15 +215,15 @@ class Conversation:
 
     @torch.no_grad()
     def _forward(self, entries: list[int | Picture]) -> torch.Tensor:
-        """Add tokens to the cache. Returns the logits `(1, vocabulary)` that follow the last."""
+        """Add tokens to the cache. Returns the logits `(1, vocabulary)` after the last token."""
         image_token = self.model.config.image_token_id
         pictures = list(dict.fromkeys(entry for entry in entries if isinstance(entry, Picture)))
         inputs = {"input_ids": torch.tensor([[image_token if isinstance(e, Picture) else e for e in entries]])}
-        for key in pictures[0].inputs if pictures else ():  # padded, as LLaVA-NeXT cuts images into few or many patches
+        for key in pictures[0].inputs if pictures else ():  # padded, because LLaVA-NeXT's images differ in number of tiles
             inputs[key] = pad_sequence([picture.inputs[key][0] for picture in pictures], batch_first=True)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         output = self.model(**inputs, **{cache_name(): self.cache}, use_cache=True, logits_to_keep=1)
-        self.cached += entries  # only now: what an interruption leaves half done is cut off later
+        self.cached += entries  # only after the pass: `_keep_common` cuts off what an interrupted pass left
         return output.logits[:, -1].float()
 
     def _choose(self, logits: torch.Tensor) -> int:

@@ -15,16 +15,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shortv_llava.errors import ShortVError, one_line, reason
 
 MAX_PIXELS = 80_000_000
-MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, however long the other one grows
+MAX_SIDES_RATIO = 200  # processors resize the shorter side and keep the ratio, with no limit for the longer side
 MAX_DOWNLOAD_BYTES = 50_000_000
 MAX_DOWNLOAD_SECONDS = 30.0
 
 
 def load_image(source: str) -> Image.Image:
-    """The picture in a file or behind an http(s) URL: upright, RGB, transparent parts white, the first of its frames.
+    """The picture in a file or at an http(s) URL: upright, RGB, transparent parts white, only the first frame.
 
     Raises:
-        ShortVError: if it cannot be had within the limits above, or is no image.
+        ShortVError: if it cannot be loaded within the limits above, or is no image.
     """
     if source.lower().startswith(("http://", "https://")):
         return _decode(io.BytesIO(_download(source)), source)
@@ -34,7 +34,7 @@ def load_image(source: str) -> Image.Image:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file, as [`load_image`] gives it.
+    """The picture in a file, as [`load_image`] returns it.
 
     Raises:
         ShortVError: if the file is missing, no image, broken, or larger than MAX_PIXELS.
@@ -59,7 +59,7 @@ def _decode(file: BinaryIO, source: str) -> Image.Image:
     passing = Image.DecompressionBombError, UnidentifiedImageError
     try:
         with warnings.catch_warnings(), one_line(lambda error: f"{source}: is a broken image ({error})", *passing):
-            warnings.simplefilter("ignore")  # Pillow's own pixel limits warn first, and broken metadata does
+            warnings.simplefilter("ignore")  # Pillow warns of its own pixel limit and of broken metadata
             with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ShortVError(f"{source}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
@@ -72,7 +72,7 @@ def _decode(file: BinaryIO, source: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # grey of 16 bits, of which Pillow would keep the lowest 8
+    if image.mode.startswith("I"):  # 16-bit grey, of which Pillow would keep the lowest 8 bits
         return image.convert("I").point(lambda value: value / 256).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -81,10 +81,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _download(url: str) -> bytes:
-    """What stands behind a URL.
+    """The bytes at a URL.
 
-    A socket's time-out starts anew with every byte, and none holds for a name look-up. So the work is done in a thread,
-    which is left to itself when the time is over.
+    A socket's time-out restarts with every byte and does not cover the name look-up. So a thread does the download, and
+    is abandoned when the time is over.
     """
     outcome = queue.SimpleQueue()
 
@@ -108,7 +108,7 @@ def _download(url: str) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    opener = urllib.request.OpenerDirector()  # the usual one also goes to ftp: when redirected there
+    opener = urllib.request.OpenerDirector()  # the default opener also follows redirects to ftp:
     for handler in (
         urllib.request.ProxyHandler,
         urllib.request.HTTPHandler,
@@ -123,7 +123,7 @@ def _fetch(url: str) -> bytes:
     with opener.open(request, timeout=MAX_DOWNLOAD_SECONDS) as response:
         if response.headers.get_content_type() == "text/html":
             raise ShortVError(f"{url}: is a web page, not an image; give the address of the image itself")
-        data = response.read(MAX_DOWNLOAD_BYTES + 1)  # never trusts the length that the server names
+        data = response.read(MAX_DOWNLOAD_BYTES + 1)  # does not rely on the server's Content-Length
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ShortVError(f"{url}: has more than {MAX_DOWNLOAD_BYTES:,} bytes")
     return data

@@ -1,7 +1,7 @@
-"""From a question to a prompt, and from prompts to model inputs; the sentences of LLaVA's prompts.
+"""Prompts for questions, model inputs for prompts, and the sentences of LLaVA's prompts.
 
-The system sentence has two spellings in LLaVA: Vicuna's models were tuned, and are evaluated and calibrated, with the
-first; the second is that of LLaVA's terminal chat and of Q-Bench.
+LLaVA has two spellings of the system sentence. Vicuna's models are tuned, evaluated and calibrated with the first.
+LLaVA's terminal chat and Q-Bench use the second.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ TUNING_SYSTEM = (
 )
 CHAT_SYSTEM = TUNING_SYSTEM.replace("user", "human")
 
-# What lmms-eval puts behind a question of GQA, and in place of one for Flickr30K.
+# lmms-eval appends the first to questions of GQA, and uses the second as the question for Flickr30K.
 SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 
 def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: str = TUNING_SYSTEM) -> str:
-    """The prompt of a first turn, up to where the answer begins.
+    """The prompt of a first turn, up to the beginning of the answer.
 
-    Pictures come first, unless the question has places for them, an image token each.
+    Pictures come first, unless the question has an image token for each.
 
     Args:
-        vicuna_system: Vicuna's system sentence, put in front where the chat template leaves it out, as those of
-            llava-hf do. Other models have their template's own.
+        vicuna_system: Vicuna's system sentence, added if the chat template has none, as in llava-hf's. Other models use
+            their template's system sentence.
     """
     num_first = num_images - question.count(processor.image_token)
     content = [{"type": "image"}] * num_first + [{"type": "text", "text": question}]
@@ -37,16 +37,16 @@ def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: st
 
 
 def chat_system(processor) -> str | None:
-    """The system sentence that LLaVA's chat begins with, for Vicuna's chat template; None for others, which have
-    their own."""
+    """The system sentence of LLaVA's chat, for Vicuna's chat template; None for other templates, which have their
+    own."""
     empty = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
     begins = processor.apply_chat_template(empty)
     return CHAT_SYSTEM if begins.startswith(("USER:", TUNING_SYSTEM)) else None
 
 
 def adds_special_tokens(processor, prompts: Sequence[str]) -> bool:
-    """Whether the tokenizer shall begin these prompts; not where the chat template did, as in transformers' own
-    `apply_chat_template(tokenize=True)`. All come of one template."""
+    """Whether the tokenizer must add special tokens to these prompts: not if the chat template did, as in transformers'
+    own `apply_chat_template(tokenize=True)`. All prompts must come from one template."""
     start = processor.tokenizer.bos_token
     return start is None or not prompts[0].startswith(start)
 
@@ -55,8 +55,8 @@ def process(processor, prompts: Sequence[str], images: Sequence, **kwargs):
     """Model inputs (a processor's output, on the CPU) for prompts with their pictures.
 
     Args:
-        images: of all prompts in a row.
-        kwargs: of the processor.
+        images: pictures of all prompts, in one list.
+        kwargs: further arguments of the processor.
     """
     return processor(
         text=list(prompts),
@@ -78,6 +78,6 @@ def check_length(config, num_tokens: int, what: str) -> None:
 
 
 def tokenize(processor, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts in which every visual token has its placeholder already."""
+    """Token ids of prompts that already have a placeholder for every visual token."""
     start = adds_special_tokens(processor, prompts)
     return processor.tokenizer(list(prompts), add_special_tokens=start)["input_ids"]

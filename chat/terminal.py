@@ -50,10 +50,10 @@ class Terminal:
         }
 
     def run(self) -> None:
-        """Until /exit or the end of input.
+        """Read lines until /exit or the end of input.
 
         Raises:
-            Exception: that of the first line that fails, when input is no terminal.
+            Exception: the error of the first line that fails, if input is no terminal.
         """
         if self.interactive:
             with suppress(ImportError):  # not on every platform
@@ -93,7 +93,7 @@ class Terminal:
         return f"[{number} image{'s' if number > 1 else ''}] > " if number else "> "
 
     def handle(self, line: str) -> None:
-        """Answer a question or do a command."""
+        """Answer a question or run a command."""
         if not line:
             if self.interactive:
                 note("(ask something; /help lists the commands)")
@@ -180,5 +180,5 @@ class Terminal:
 
 
 def note(text: str) -> None:
-    """For the person at the terminal; never among the answers of a script."""
+    """Print a note on standard error, so that it is never among the answers of a script."""
     print(text, file=sys.stderr, flush=True)

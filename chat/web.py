@@ -1,7 +1,7 @@
 """A web page to talk to a ShortV model, with the dense model beside it.
 
-`shortv chat --web` shows it, and `shortv push --space` publishes this file as a Space's app.py. There the modules
-that it imports from this repository lie beside it; the model brings its own code from the Hub.
+`shortv chat --web` serves the page, and `shortv push --space` publishes this file as a Space's app.py. The Space also
+has the modules that this file imports from this repository; the model's code comes with the model from the Hub.
 """
 
 import time
@@ -20,11 +20,11 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 
 SHORTV, DENSE = "ShortV", "Dense model"
-Chats = dict[str, list[dict]]  # each side's conversation as chat templates take it, text last
+Chats = dict[str, list[dict]]  # each side's conversation in the format of chat templates, text last
 
 
 def replacement_order(config) -> list[int]:
-    """Layers in the order in which the slider replaces them: the model's own, then, where scored, the others by LC."""
+    """Layers in the order in which the slider replaces them: the model's own, then the others by LC if it has scores."""
     order = list(config.replaced_layers)
     if config.lc_scores:
         others = set(range(config.text_config.num_hidden_layers)) - set(order)
@@ -36,11 +36,10 @@ def replacement_order(config) -> list[int]:
 def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Iterator[tuple[str, float, float]]:
     """Answer a conversation, taking the likeliest token each time.
 
-    The conversation is prefilled as a whole in every turn, for figures that can be compared.
+    Every turn prefills the whole conversation, so that the figures can be compared.
 
     Yields:
-        The answer so far, the seconds that the model took for its first token, and the prefill's FLOPs over the dense
-        model's.
+        The answer so far, the time to first token in seconds, and the prefill FLOPs, relative to the dense model.
 
     Raises:
         ShortVError: if the conversation leaves no room in the model's context.
@@ -71,13 +70,13 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
 
 
 class Sides:
-    """A conversation with the model as ShortV and, if asked for, as the dense one beside.
+    """A conversation with the ShortV model and, if asked for, with the dense model beside it.
 
-    The model must not be used by others at the same time. Updates name the part of the page that they are for: `box`
-    and `conversations`, and for each side (`chat`, side) and (`figure`, side).
+    No other code may use the model at the same time. Keys of updates are parts of the page: `box`, `conversations`,
+    and for each side (`chat`, side) and (`figure`, side).
 
     Args:
-        max_new_tokens: of an answer.
+        max_new_tokens: limit for an answer.
     """
 
     def __init__(self, model, processor, max_new_tokens: int):
@@ -92,14 +91,14 @@ class Sides:
         self.model.set_replaced_layers(*((replaced, *blocks) if side == SHORTV else ()))
 
     def ask(self, picture: str | None, question: str, number: int, compare: bool, chats: Chats) -> Iterator[dict]:
-        """Both answers, growing, or under them why there is none; nothing where nothing was asked."""
+        """Stream both answers, or the reason why there is none; no updates without a question."""
         if not question.strip():
             return
         try:
             yield from self.answer(picture, question.strip(), number, compare, chats)
         except ShortVError as error:
             message = str(error)
-            if picture is not None:  # the folder of an uploaded file is this machine's
+            if picture is not None:  # errors must not show this machine's folder of uploads
                 message = message.replace(picture, Path(picture).name)
             yield {("figure", SHORTV): message.replace("<", "\\<"), "box": question}  # Markdown would swallow it
 
@@ -114,7 +113,7 @@ class Sides:
             messages = [*chats[side], {"role": "user", "content": content}]
             self.set_layers(side, number)
             updates |= {("chat", side): shown(messages), ("figure", side): "…"}
-            yield updates if side == DENSE else updates | {"box": ""}  # what is typed from now on is the next question
+            yield updates if side == DENSE else updates | {"box": ""}  # text typed from now on is the next question
             for text, seconds, ratio in generate(self.model, self.processor, messages, self.max_new_tokens):
                 answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
                 figures = (
@@ -128,16 +127,16 @@ class Sides:
 
 
 def shown(messages: list[dict]) -> list[dict]:
-    """Messages as Gradio shows them: their text, which stands last."""
+    """Messages as Gradio shows them: only the text, which is the last part."""
     return [{**message, "content": message["content"][-1]["text"]} for message in messages]
 
 
 def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
-    """The page for a model, which others must not use at the same time.
+    """The page for a model. No other code may use the model at the same time.
 
     Args:
-        name: of the model, for the page's head.
-        max_new_tokens: of an answer.
+        name: name of the model, for the page's head.
+        max_new_tokens: limit for an answer.
     """
     sides, num_layers = Sides(model, processor, max_new_tokens), model.config.text_config.num_hidden_layers
     with gr.Blocks(title=name, analytics_enabled=False) as page:
@@ -168,7 +167,7 @@ def build(model, processor, name: str, max_new_tokens: int = 512) -> gr.Blocks:
 
 
 def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -> None:
-    """What happens on the page, by its `parts`, which updates name, and its other components."""
+    """Connect the page's events to `sides`. `parts` are the components that updates name."""
 
     def ask(*asked):
         nothing = True
@@ -176,7 +175,7 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
             nothing = False
             yield {parts[name]: value for name, value in updates.items()}
         if nothing:
-            yield gr.skip()  # without a yield Gradio would empty all that the page shows
+            yield gr.skip()  # without a yield Gradio would clear the page
 
     def start_anew() -> dict:
         empty = {parts[name]: "" if name[0] == "figure" else [] for name in parts if name != "box"}
@@ -189,7 +188,7 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
         [picture, box, number, compare, parts["conversations"]],
         list(parts.values()),
         concurrency_limit=1,
-        show_progress="hidden",  # else it covers what is read
+        show_progress="hidden",  # else it covers the answers
     )
     # Both sides must have seen the same turns.
     gr.on(
@@ -204,8 +203,8 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
 
 
 def show(model, processor, name: str, max_new_tokens: int = 512) -> None:
-    """Serve the page until interrupted, on this machine alone unless GRADIO_SERVER_NAME says otherwise."""
-    # The first pass through a model is slow, which must not count for the first question.
+    """Serve the page until interrupted, on localhost unless GRADIO_SERVER_NAME gives another address."""
+    # Warm-up: a model's first forward pass is slow, which must not count for the first question.
     blank = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "What is it?"}]
     for _ in generate(model, processor, [{"role": "user", "content": blank}], max_new_tokens=1):
         pass
@@ -213,7 +212,7 @@ def show(model, processor, name: str, max_new_tokens: int = 512) -> None:
 
 
 def main() -> None:
-    """A Space: the page of the first model that its README.md names."""
+    """Run the page in a Space, for the first model that its README.md names."""
     name = SpaceCard.load(Path(__file__).with_name("README.md")).data.models[0]
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", trust_remote_code=True)

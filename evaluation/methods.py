@@ -1,4 +1,4 @@
-"""Ways to save visual tokens, by the names that `--method` takes: ShortV, FastV, VTW, and ShortV with either.
+"""Methods to save computation on visual tokens, as `--method` names them: ShortV, FastV, VTW, and combinations.
 
 Methods: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", 2024 (FastV); Lin et al., "Boosting Multimodal Large
 Language Models with Visual Tokens Withdrawal for Rapid Inference", 2024 (VTW).
@@ -13,25 +13,25 @@ FORMS = "shortv, fastv:K:R, vtw:K, shortv+fastv:K:R or shortv+vtw:K"
 
 
 class Dropping(NamedTuple):
-    """From layer `layer` on, `share` of a prompt's visual tokens are gone: FastV, and with a share of 1 VTW."""
+    """From layer `layer` on, `share` of a prompt's visual tokens are dropped: FastV, and with a share of 1 VTW."""
 
     layer: int
     share: float
 
     def kept(self, visual_tokens: int) -> int:
-        """How many of a prompt's visual tokens are left, rounded as in FastV's own code."""
+        """Number of a prompt's visual tokens that are kept, rounded as in FastV's own code."""
         return round(visual_tokens * (1 - self.share))
 
     def visual_tokens(self, number: int, num_layers: int) -> list[int]:
-        """How many of `number` visual tokens each layer gets."""
+        """Number of visual tokens that each layer gets, of `number`."""
         return [number] * self.layer + [self.kept(number)] * (num_layers - self.layer)
 
 
 class Method(NamedTuple):
-    """A way to save visual tokens.
+    """A method to save computation on visual tokens.
 
     Args:
-        name: as it stands in tables and names of files.
+        name: name in tables and file names.
         shortv: whether the model's own layers are replaced.
     """
 
@@ -44,7 +44,7 @@ def parse_methods(given: str) -> list[Method]:
     """Methods from their names, separated by commas.
 
     Raises:
-        ShortVError: if one is not of `FORMS` or stands there twice.
+        ShortVError: if a name has none of the `FORMS` or is given twice.
     """
     methods = [_parse_method(name.strip()) for name in given.split(",")]
     names = [method.name for method in methods]
@@ -75,7 +75,7 @@ def _parse_method(given: str) -> Method:
 
 
 def check_layers(methods: Sequence[Method], num_layers: int) -> None:
-    """Raises ShortVError if a method begins behind a model's last layer."""
+    """Raises ShortVError if a method begins after a model's last layer."""
     for method in methods:
         if method.dropping is not None and method.dropping.layer >= num_layers:
             raise ShortVError(f"--method {method.name}: K is at most {num_layers - 1}, this model's last layer")

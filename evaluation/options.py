@@ -1,4 +1,4 @@
-"""The options of `shortv evaluate`, in a module that imports no library to speak of."""
+"""The options of `shortv evaluate`, in a module that imports no large library."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from shortv_llava.errors import ShortVError
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """The options of `shortv evaluate`. One of `task`, `questions` and `lmms_tasks` says what is asked."""
+    """The options of `shortv evaluate`. One of `task`, `questions` and `lmms_tasks` must be given."""
 
     model: Annotated[str, typer.Argument(help="Package or LLaVA checkpoint: a folder or a Hub id.")]
     output: Annotated[
@@ -90,7 +90,7 @@ class EvaluationOptions:
     load_in_8bit: In8Bit = False
 
     def check(self) -> None:
-        """Raises [`ShortVError`] if the options contradict one another or the disk, or there is no such task."""
+        """Raises [`ShortVError`] if options contradict one another, files are missing, or there is no such task."""
         from shortv_llava.checkpoint.published import parse_layers
         from shortv_llava.checkpoint.source import check_name
         from shortv_llava.files.outputs import check_writable
@@ -183,7 +183,7 @@ class EvaluationOptions:
         check_tasks(names, self.include_path)
 
     def numbers(self) -> list[int]:
-        """Of layers, of the sweep; none without one."""
+        """Numbers of layers of the sweep; empty without a sweep."""
         if self.sweep is None:
             return []
         try:
@@ -195,17 +195,17 @@ class EvaluationOptions:
         return numbers
 
     def lmms_names(self) -> list[str]:
-        """Of lmms-eval's tasks."""
+        """Names of lmms-eval's tasks."""
         return [name.strip() for name in self.lmms_tasks.split(",")]
 
     def loading(self, image_aspect_ratio: str = "pad") -> dict:
-        """The arguments of [`load`] beside the model; `image_aspect_ratio` where none is asked for."""
+        """The arguments of [`load`] besides the model; `image_aspect_ratio` is the default of that option."""
         names = ("replaced_layers", "dtype", "device_map", "load_in_4bit", "load_in_8bit")
         given = {name: getattr(self, name) for name in names}
         return given | {"image_aspect_ratio": self.image_aspect_ratio or image_aspect_ratio}
 
     def model_id(self) -> str:
-        """What results call the model: a folder's name, or the Hub id."""
+        """The model's name in results: the folder's name, or the Hub id."""
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
 
     def loaded_in(self) -> str | None:

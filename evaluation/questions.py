@@ -1,4 +1,4 @@
-"""Questions about pictures, as evaluation takes them, and LLaVA's files of them."""
+"""Questions about pictures for evaluation, and LLaVA's question files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +15,15 @@ class Question(NamedTuple):
     """A question about a picture, or about none.
 
     Args:
-        id: as the data has it, a number or a text; answers are filed under it.
+        id: id in the data, a number or a text; key of the answers.
         text: the prompt's text, without image placeholders and chat template.
-        images: files, pictures that are loaded already, or functions that give them (a table's are read when they are
-            needed, for all of them would not fit into memory); see [`open_images`].
-        image_id: the same for questions about the same pictures; None where nothing is known to be shared.
-        reference: the right answer, or several, as the task's metric takes it; None if unknown.
-        details: what else its task knows: this question's share of each further argument of the metric, what belongs
-            into the task's upload file, perhaps the `subset` to score apart, and the `question_id` and `prompt` that
-            LLaVA's scripts look for in the answers file, where they are not its id and text.
+        images: files, loaded pictures, or functions that return pictures (a table's pictures are read when they are
+            needed, because all of them would not fit into memory); see [`open_images`].
+        image_id: id that is equal for questions about the same pictures; None if it is unknown.
+        reference: the right answer, or several, in the format of the task's metric; None if unknown.
+        details: further entries of its task: this question's part of each further argument of the metric, entries for
+            the task's upload file, optionally the `subset` to score separately, and the `question_id` and `prompt` for
+            LLaVA's scripts in the answers file, if these differ from `id` and `text`.
     """
 
     id: int | str
@@ -52,15 +52,15 @@ def open_images(question: Question) -> list[Image.Image]:
 
 
 def read_questions(path: Path, images: Path | None) -> list[Question]:
-    """LLaVA's question format: a JSON object a line with `question_id`, `text`, perhaps `image` and `answer`.
+    """Read LLaVA's question format: a JSON object a line with `question_id`, `text`, optionally `image` and `answer`.
 
     Raises:
-        ShortVError: if a file is missing, a line is no such object, an id comes twice, or an image is not in the folder
-            `images`.
+        ShortVError: if a file is missing, a line is no such object, an id is not unique, or an image is not in the
+            folder `images`.
     """
     if images is not None and not images.is_dir():
         raise ShortVError(f"{images}: no such folder of images")
-    lines = {}  # of each id
+    lines = {}  # line by id
     questions = []
     for number, entry in read_jsonl(path):
         where = f"{path}, line {number}"
@@ -99,15 +99,15 @@ def image_file(folder: Path, name: str, where: str) -> Path:
     """The file `name` in a folder of images.
 
     Args:
-        where: what names it, for the error.
+        where: source of the name, for the error.
 
     Raises:
-        ShortVError: if it lies outside the folder or is missing.
+        ShortVError: if the file is outside the folder or missing.
     """
     path = folder / name
     try:
         inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no character of file names
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, a loop of links, a forbidden character
         raise ShortVError(f"{where}: image {name!r} is no usable name ({reason(error)}); correct it") from error
     if not inside:
         raise ShortVError(f"{where}: image {name!r} lies outside {folder}; put it there")

@@ -1,4 +1,4 @@
-"""What an evaluation found, for people, files and model cards."""
+"""Results of an evaluation as tables, files, plots and entries of model cards."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,12 +19,12 @@ from shortv_llava.hub.scores import Score
 
 
 def table(results: Sequence[Result], **style) -> Table:
-    """A row a variant, in 80 columns. `style` goes to rich's Table."""
+    """A table with one row a variant, in 80 columns. `style` is passed to rich's Table."""
     found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **style)
     mark = " [95%]" * (results[0].interval is not None)
     rows = [_row(result, mark) for result in results]
     prefills = any(result.prefill_seconds for result in results)
-    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # of results.json alone, for want of room
+    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # only in results.json, because the table is full
     for name in rows[0]:
         if any(row[name] for row in rows) and name not in left_out:
             found.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -34,8 +34,8 @@ def table(results: Sequence[Result], **style) -> Table:
 
 
 def tell(results: Sequence[Result], title: str, figure: str | None, note: str | None) -> None:
-    """Print the table, which `figure` its score is, a `note` on the data, what sharing prefixes saved, and of a single
-    variant all scores."""
+    """Print the table, the name `figure` of its score, a `note` on the data, the tokens that shared prefixes saved,
+    and for a single variant all scores."""
     console = Console()
     console.print(table(results, title=title, title_justify="left"))
     if figure:
@@ -69,7 +69,7 @@ def _text(form: str, value: float | None, interval: tuple[float, float] | None =
 
 
 def prefill_note(results: Sequence[Result]) -> str:
-    """What sharing prefixes saved."""
+    """A sentence on the tokens that shared prefixes saved."""
     prompted, prefilled = (sum((getattr(r, name) for r in results), Tokens(0, 0)) for name in ("prompted", "prefilled"))
     if not sum(prefilled):
         return ""
@@ -81,17 +81,17 @@ def prefill_note(results: Sequence[Result]) -> str:
 
 
 def write_results(path: Path, results: Sequence[Result], **about) -> None:
-    """results.json: `about`, then everything of each [`Result`]."""
+    """Write results.json: `about`, then all fields of each [`Result`]."""
     found = [asdict(r) | {"prompted": r.prompted._asdict(), "prefilled": r.prefilled._asdict()} for r in results]
     for entry, result in zip(found, results):
-        del entry["answers"], entry["divergences"]  # they have files of their own
+        del entry["answers"], entry["divergences"]  # saved in other files
         entry["dropping"] = result.dropping and result.dropping._asdict()
     with replacing_file(path) as unfinished:
         write_json(unfinished, about | {"results": found})
 
 
 def tell_tasks(tasks: Sequence[TaskResults], title: str) -> None:
-    """Print a table of lmms-eval's tasks, a row for each and each variant, and which figures the scores are."""
+    """Print a table of lmms-eval's tasks, one row for each task and variant, and the names of the scores' figures."""
     console = Console()
     mark = " [95%]" * any(result.interval is not None for task in tasks for result in task.results)
     found = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
@@ -115,16 +115,16 @@ def tell_tasks(tasks: Sequence[TaskResults], title: str) -> None:
 
 
 def write_task_results(path: Path, tasks: Sequence[TaskResults], **about) -> None:
-    """results.json of lmms-eval's tasks: `about`, then everything of each."""
+    """Write results.json of lmms-eval's tasks: `about`, then all fields of each task."""
     with replacing_file(path) as unfinished:
         write_json(unfinished, about | {"tasks": [asdict(task) for task in tasks]})
 
 
 def draw_sweep(path: Path, results: Sequence[Result], label: str) -> None:
-    """Score with its interval against the FLOPs ratio, or agreement where there is no metric; the paper's Table 2.
+    """Plot the score with its interval (agreement without a metric) against the FLOPs ratio; the paper's Table 2.
 
     Args:
-        label: of the score.
+        label: label of the score.
     """
     figure, axes = new_figure()
     ratios = [result.flops_ratio for result in results]
@@ -156,13 +156,13 @@ def card_score(
     questions: int,
     note: str | None,
 ) -> Score:
-    """The package's score, beside a dense model what it keeps of that one's, for the package's evaluation.json.
+    """The package's score, with its share of the dense model's if there is one, for the package's evaluation.json.
 
     Args:
-        results: the package's last; before it the dense model's, if that was evaluated.
-        data, dataset, note: as of [`Score`].
-        figure: which of the scores the headline is.
-        questions: how many that tells of.
+        results: the package's result is the last; before it the dense model's, if that was evaluated.
+        data, dataset, note: as for [`Score`].
+        figure: name of the headline score.
+        questions: number of questions that the headline is computed from.
     """
     own, base = results[-1], results[0] if len(results) > 1 else None
     return Score(

@@ -1,4 +1,4 @@
-"""One evaluation: a model, perhaps with several choices of layers, answers questions and is scored."""
+"""One evaluation: a model, with one or several choices of layers, answers questions and is scored."""
 
 import functools
 import statistics
@@ -30,20 +30,20 @@ from shortv_llava.flops import flops_ratio, image_tokens, replacement_order
 from shortv_llava.processes import shared
 
 DENSE, OWN = "dense", "shortv"
-PREFILLS = 5  # timed of each variant, after one that is not
+PREFILLS = 5  # timed prefills of each variant, after one for warm-up
 
 
 class Variant(NamedTuple):
-    """The model with some choice of layers, and of the visual tokens that it drops."""
+    """The model with a choice of layers, and of visual tokens to drop."""
 
-    name: str  # also of files
+    name: str  # also used in file names
     frozen: dict[str, list[int]]  # the configuration's three lists
     dropping: Dropping | None = None
     corrects: bool = True  # with the corrections that the model has
 
     @contextmanager
     def applied(self, model, drop: Callable = hidden) -> Iterator[None]:
-        """The model is this variant; `drop` hides dropped tokens, or drops them."""
+        """Make the model this variant within the context; `drop` hides tokens ([`hidden`]) or drops them."""
         model.set_replaced_layers(*self.frozen.values())
         with nullcontext() if self.corrects else without_corrections(model), drop(model, self.dropping):
             yield
@@ -51,21 +51,22 @@ class Variant(NamedTuple):
 
 @dataclass
 class Result:
-    """What came of a variant.
+    """Results of a variant.
 
     Args:
-        flops_ratio: of the prefill, to the dense model's.
-        answers: by question id.
-        scores: of the metric, see [`score`]; none without a metric.
-        headline, interval: the score that variants are compared by, and where it lies with 95% confidence.
+        flops_ratio: prefill FLOPs, relative to the dense model.
+        answers: answers by question id.
+        scores: scores of the metric, see [`score`]; empty without a metric.
+        headline, interval: the score that variants are compared by, and its 95% interval.
         retention, retention_interval: that score in percent of the dense model's.
-        agreement: answers equal to the dense model's, in percent.
+        agreement: share of answers equal to the dense model's, in percent.
         divergences: KL(this || first variant) of the next-token distributions at the prompts' ends, nats, the direction
             of LC scores; `kl` is their mean.
-        seconds: that the batches took, in this run and in interrupted ones before.
-        prompted, prefilled: visual and text tokens of their prompts, and of these those that went through the model.
-        speed_up: the dense model's seconds over these; none where tokens are only hidden.
-        prefill_seconds: of one question, median, with tokens really dropped; measured if any variant drops some.
+        seconds: time of all batches, in this run and in earlier interrupted runs.
+        prompted, prefilled: number of visual and text tokens of the prompts, and of those that the model computed.
+        speed_up: the dense model's seconds divided by these; None if tokens are only hidden.
+        prefill_seconds: median time of one question's prefill, with tokens really dropped; measured if any variant
+            drops tokens.
     """
 
     name: str
@@ -88,8 +89,8 @@ class Result:
     prefill_seconds: float | None = None
 
     def count(self, measured: dict) -> None:
-        """Add what was measured of a batch: `divergences`, `seconds`, `prompted` and `prefilled` tokens."""
-        self.divergences += measured.get("divergences", [])  # older runs wrote none
+        """Add the measurements of a batch: `divergences`, `seconds`, `prompted` and `prefilled` tokens."""
+        self.divergences += measured.get("divergences", [])  # missing in older runs
         self.seconds += measured["seconds"]
         self.prompted += Tokens(*measured["prompted"])
         self.prefilled += Tokens(*measured["prefilled"])
@@ -98,10 +99,10 @@ class Result:
 def choose_variants(
     config, compare: bool = False, sweep: Sequence[int] = (), methods: Sequence[Method] = ()
 ) -> list[Variant]:
-    """The model as it is; for a comparison the dense one before it; for a sweep one for each number of layers.
+    """The model itself; for a comparison the dense model before it; for a sweep one variant for each number of layers.
 
-    Of several methods each, after the dense model; of one that alone, but for a comparison.
-    Layers of a sweep are taken in the configuration's order, then by its LC scores.
+    With several methods, the dense model and then each method. With one method, that method; the dense model before it
+    only for a comparison. Layers of a sweep are taken in the configuration's order, then by its LC scores.
 
     Raises:
         ShortVError: if there is nothing to compare, no order for so many layers, or a method does not fit the model.
@@ -132,7 +133,7 @@ def choose_variants(
 
 
 def answers_file(variant: str, number: int) -> str:
-    """The name of a variant's answers file, one of `number`."""
+    """The name of a variant's answers file, for `number` variants."""
     return "answers.jsonl" if number == 1 else f"answers-{variant}.jsonl"
 
 
@@ -148,13 +149,13 @@ def evaluate(
 ) -> list[Result]:
     """Let each variant answer the questions, write the answers into `output`, score and compare them.
 
-    Variants answer each batch in turns, in changing order, so that their times compare. Processes take batches in
-    turns; the main one writes and scores. A run that was interrupted continues.
+    Variants answer each batch in turns, in changing order, so that their times can be compared. The batches are divided
+    among processes; the main process writes and scores. An interrupted run continues.
 
     Args:
-        output: the folder; `answers.jsonl` for a single variant, else `answers-NAME.jsonl` for each.
-        metric: of `metrics/`; without one, answers are only written and compared.
-        subset: of questions, by whose score variants are compared; all by default.
+        output: folder for `answers.jsonl` of a single variant, or `answers-NAME.jsonl` of each.
+        metric: a metric of `metrics/`; without one, answers are only written and compared.
+        subset: subset of questions by whose score variants are compared; all by default.
 
     Raises:
         ShortVError: if references are missing, a picture cannot be read, or `output` holds other answers.
@@ -164,9 +165,9 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState()
     record = _Record(output, model_id, answerer.settings, variants, questions)
-    state.wait_for_everyone()  # before anyone writes
+    state.wait_for_everyone()  # before any process writes
 
-    with dense(answerer.model):  # its own layers come back afterwards
+    with dense(answerer.model):  # the model's own layers are restored afterwards
         results = {
             variant.name: Result(*variant[:2], _flops_ratio(answerer.model, variant), variant.dropping)
             for variant in variants
@@ -190,10 +191,10 @@ def evaluate(
 
 
 class _Record:
-    """What is done of an evaluation: the variants' answers, and what their batches took. The main process writes it.
+    """The finished part of an evaluation: answers and measurements. The main process writes it to files.
 
     Attributes:
-        files: of answers, by variant.
+        files: files of answers, by variant.
         measured: an entry for each variant and batch, see [`Result.count`].
     """
 
@@ -221,19 +222,19 @@ class _Record:
 
 
 def _answer(answerer: Answerer, questions: Sequence[Question], variants: Sequence[Variant], record: _Record) -> None:
-    """Let each variant answer what it has not yet."""
+    """Let each variant answer the questions that it has not answered yet."""
     names = [variant.name for variant in variants]
     batches = answerer.batches(questions)
     unanswered = [batch for batch in batches if not all(record.has(batch, name) for name in names)]
     if len(variants) > 1 and unanswered:
-        answerer.answer(unanswered[0][:1])  # what the first pass sets up shall not count for the first variant
+        answerer.answer(unanswered[0][:1])  # warm-up, so that set-up does not count for the first variant
     found = shared(lambda numbered: _in_turns(answerer, variants, *numbered), list(enumerate(unanswered)))
     silent = not PartialState().is_main_process
     with tqdm(total=len(questions), desc="questions", unit="q", disable=silent) as bar:
         bar.update(len(questions) - sum(map(len, unanswered)))
         for batch, answered in zip(unanswered, found):
             for answers, entry in answered:
-                if not record.has(batch, entry["variant"]):  # else an interrupted run counted it
+                if not record.has(batch, entry["variant"]):  # else already counted by an interrupted run
                     record.add(batch, answers, entry)
             bar.update(len(batch))
 
@@ -241,7 +242,7 @@ def _answer(answerer: Answerer, questions: Sequence[Question], variants: Sequenc
 def _in_turns(
     answerer: Answerer, variants: Sequence[Variant], number: int, batch: list[Question]
 ) -> list[tuple[list[str], dict]]:
-    """Answers and what was measured, of each variant, for a batch that has this number among all."""
+    """Answers and measurements of each variant, for batch number `number`."""
     found, logits = [], {}
     for variant in variants if number % 2 == 0 else variants[::-1]:
         with variant.applied(answerer.model):
@@ -260,7 +261,7 @@ def _in_turns(
 
 @torch.no_grad()
 def _time_prefills(answerer: Answerer, questions: Sequence[Question], variants: Sequence[Variant]) -> dict[str, float]:
-    """Seconds of the first question with a picture, by variant: medians, in turns, with tokens really dropped."""
+    """Prefill seconds of the first question with a picture, by variant: medians, in turns, tokens really dropped."""
     inputs = answerer.inputs([next((question for question in questions if question.images), questions[0])])
     times = {variant.name: [] for variant in variants}
     for number in range(1 + PREFILLS):

@@ -1,7 +1,7 @@
-"""Scores of answers, by the modules in `metrics/`, and how far they can be trusted.
+"""Scores of answers, by the modules in `metrics/`, and their intervals.
 
-Scores are in percent; but MME's perception (at most 2000), cognition (800) and task scores (200) are points, and CIDEr
-is times 100, as papers print it.
+Scores are in percent, except that MME's perception (at most 2000), cognition (800) and task scores (200) are points,
+and CIDEr is times 100, as papers print it.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from shortv_llava.evaluation.questions import Question
 
 METRICS = Path(__file__).parent / "metrics"
 
-# The figure that papers compare, the first of these that a metric gives.
+# The headline figure, which papers compare: the first of these that a metric gives.
 HEADLINES = {
     "vqa_accuracy": ("accuracy",),
     "gqa": ("accuracy",),
@@ -29,7 +29,7 @@ HEADLINES = {
 }
 SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module gives points and percent by itself
 
-TERMS = {"mme": "tasks", "pope": "categories"}  # the detail by which questions go into one ratio of the headline's
+TERMS = {"mme": "tasks", "pope": "categories"}  # detail that groups questions into the headline's ratios
 
 RESAMPLES = 1000
 
@@ -52,7 +52,7 @@ def load_metric(name: str):
         import evaluate
     except ImportError as error:
         raise ShortVError("metrics need the evaluate library; pip install 'shortv-llava[eval]'") from error
-    # Not `evaluate.load`, which copies the module into a cache that processes side by side would write at once.
+    # Not `evaluate.load`: it copies the module into a cache that parallel processes would write at the same time.
     classes = [value for value in vars(functions(name)).values() if isinstance(value, type)]
     return next(value for value in classes if issubclass(value, evaluate.Metric))()
 
@@ -63,7 +63,8 @@ def functions(name: str):
 
 
 def check_references(metric: str, questions: Sequence[Question]) -> None:
-    """
+    """Check the questions' references and details.
+
     Raises:
         ShortVError: if a question lacks a reference or a detail that the metric needs, or has one of the wrong kind.
     """
@@ -87,7 +88,7 @@ def check_references(metric: str, questions: Sequence[Question]) -> None:
 
 
 def score(metric: str, questions: Sequence[Question], answers: dict, **kwargs) -> dict[str, float]:
-    """The figures of a metric, those in nested dictionaries under names such as `categories/random/f1`.
+    """The figures of a metric; names of nested figures are joined, such as `categories/random/f1`.
 
     Questions whose details name a `subset` are scored by subset as well (`image/accuracy`).
 
@@ -117,7 +118,7 @@ def headline_name(metric: str, scores: dict[str, float], subset: str | None = No
     """The name of the figure by which variants of a model are compared.
 
     Args:
-        subset: of which it shall tell; of all questions by default.
+        subset: subset of questions that the figure is computed from; all by default.
     """
     names = [name if subset is None else f"{subset}/{name}" for name in HEADLINES[metric]]
     return next(name for name in names if name in scores)
@@ -129,7 +130,8 @@ def of_subset(questions: Sequence[Question], subset: str | None) -> list[Questio
 
 
 def answers_of(questions: Sequence[Question], answers: dict) -> list[str]:
-    """
+    """The answers in the order of the questions.
+
     Raises:
         ShortVError: if a question has no answer.
     """
@@ -141,7 +143,7 @@ def answers_of(questions: Sequence[Question], answers: dict) -> list[str]:
 
 @cache
 def _parameters(metric: str) -> dict[str, inspect.Parameter]:
-    """The arguments of a metric beside predictions and references."""
+    """The arguments of a metric besides predictions and references."""
     parameters = inspect.signature(load_metric(metric)._compute).parameters
     return {name: p for name, p in parameters.items() if name not in ("predictions", "references")}
 
@@ -154,7 +156,7 @@ def _compute(metric: str, questions: Sequence[Question], answers: Sequence[str],
     details = {name: [q.details[name] for q in questions] for name in _details(metric, questions[0])}
     references = [question.reference for question in questions]
     try:
-        # Not `compute`, which writes all of it to a file first.
+        # Not `compute`, which first writes all arguments to a file.
         return load_metric(metric)._compute(predictions=answers, references=references, **details, **kwargs)
     except ValueError as error:
         raise ShortVError(f"{metric}: {error}") from error
@@ -165,7 +167,7 @@ def _flatten(values: dict, scale: float, prefix: str = "") -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, dict):
             scores |= _flatten(value, scale, f"{prefix}{name}/")
-        elif isinstance(value, int | float):  # beside numbers there are notes, such as which tokeniser was used
+        elif isinstance(value, int | float):  # others are notes, such as the tokeniser's name
             scores[prefix + name] = scale * value
     return scores
 
@@ -177,8 +179,8 @@ class Intervals(NamedTuple):
     """95 percent intervals, (low, high).
 
     Args:
-        headline: of each variant's [`headline`]; None for questions about a single picture, which tell none.
-        retention: of its ratio to the first variant's, in percent; None if that is 0 in a resample.
+        headline: interval of each variant's [`headline`]; None if all questions are about one picture.
+        retention: interval of its ratio to the first variant's, in percent; None if the latter is 0 in a resample.
     """
 
     headline: dict[str, tuple[float, float] | None]
@@ -195,13 +197,13 @@ def bootstrap(
 ) -> Intervals:
     """Percentile intervals over resampled pictures, the same pictures for all variants.
 
-    Questions about one picture stay together, for their answers hang together; a question without `image_id` is drawn
-    alone. The metric is asked once for every question (pair of questions in MME, rotations in MMBench), not for every
-    resample: each headline is made of ratios of sums, and only the sums are taken anew. CIDEr keeps the document
-    frequencies of all pictures. 10,000 questions and 1000 resamples take a few seconds on one core.
+    Questions about one picture are drawn together, because their answers are correlated; a question without `image_id`
+    is drawn alone. The metric is computed once for every question (pair of questions in MME, rotations in MMBench), not
+    for every resample: each headline consists of ratios of sums, and only the sums are computed again. CIDEr keeps the
+    document frequencies of all pictures. 10,000 questions and 1000 resamples take a few seconds on one core.
 
     Args:
-        answers_by_variant: of each variant of the model the answers by question id; retention is that of the first.
+        answers_by_variant: answers by question id, for each variant; retention is relative to the first variant.
         kwargs: constant arguments of the metric.
 
     Raises:
@@ -222,11 +224,11 @@ def resample(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Intervals:
-    """As [`bootstrap`], of a headline that is a sum of ratios of sums over questions.
+    """As [`bootstrap`], for a headline that is a sum of ratios of sums over questions.
 
     Args:
-        shares: (questions, variants, 2, terms), what each question adds above and below the line of each term.
-        image_ids: which picture each question is about.
+        shares: (questions, variants, 2, terms), what each question adds to the numerator and denominator of each term.
+        image_ids: id of each question's picture.
     """
     names = {}
     keys = [image_id if image_id is not None else number for number, image_id in enumerate(image_ids)]
@@ -258,15 +260,15 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], kwargs: dict) -> np.ndarray:
-    """What each question adds to the sums of which the headline is made.
+    """What each question adds to the sums that the headline consists of.
 
     Returns:
-        (questions, 2, terms): above and below the line of each term; the headline is the sum of the terms.
+        (questions, 2, terms): numerator and denominator of each term; the headline is the sum of the terms.
     """
     if metric == "cider":
         values = _cider_values(questions, answers, **kwargs)
         return np.stack([[100 * value, 1.0] for value in values])[..., None]
-    units: dict[Any, list[int]] = {}  # of questions that have no score but together
+    units: dict[Any, list[int]] = {}  # questions that are scored together
     for number, question in enumerate(questions):
         together = [question.details[name] for name in ("tasks", "images", "groups") if name in question.details]
         units.setdefault(tuple(together) or question.id, []).append(number)
@@ -278,7 +280,7 @@ def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], 
         if term_of[numbers[0]] not in terms:
             continue
         result = _compute(metric, members, [answers[number] for number in numbers], kwargs)
-        if metric == "pope":  # F1: true positives twice, over those said and those true; of categories the mean
+        if metric == "pope":  # F1: twice the true positives, over yes answers plus yes labels; mean over categories
             whole = result["yes_ratio"] + (members[0].reference.strip().lower() == "yes")
             part = 2 * result["recall"] / len(terms)
         else:
@@ -288,7 +290,7 @@ def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], 
 
 
 def _cider_values(questions: Sequence[Question], answers: Sequence[str], tokenizer: str | None = None) -> list[float]:
-    """CIDEr of each picture's caption, 0 to 10, with the document frequencies of all."""
+    """CIDEr of each picture's caption, 0 to 10, with the document frequencies of all pictures."""
     module = functions("cider")
     official = tokenizer == "ptb" or (tokenizer is None and module.has_ptb())
     tokenize = module.tokenize_ptb if official else lambda captions: map(module.tokenize, captions)

@@ -1,4 +1,4 @@
-"""Where the questions of a benchmark come from: tables on the Hub, and folders as LLaVA's scripts expect them."""
+"""Sources of a benchmark's questions: tables on the Hub, and folders in the layout of LLaVA's scripts."""
 
 import base64
 import hashlib
@@ -18,16 +18,16 @@ from shortv_llava.hub.errors import hub_reason
 
 REACH_SECONDS = 10
 SHUFFLE_BUFFER = 200  # rows, most of them with a picture
-FORMER_OWNERS = {"lmms-lab-encoder": "lmms-lab"}  # of data sets that moved; copies may be found under either
+FORMER_OWNERS = {"lmms-lab-encoder": "lmms-lab"}  # of data sets that moved; copies may have either owner
 
 
 class Table(NamedTuple):
-    """A split of a data set of the Hub, or of a folder laid out as one.
+    """A split of a data set on the Hub, or of a folder with the same layout.
 
     Args:
-        name: of the configuration.
-        files: which files hold the split; given where to download the other splits as well would be a burden.
-        pictures: the configuration with the pictures, by `id`, where they are not in the column `image` of this one.
+        name: name of the configuration.
+        files: files that hold the split, to avoid downloading the other splits.
+        pictures: configuration with the pictures, by `id`, if the column `image` of this one lacks them.
     """
 
     repository: str
@@ -38,15 +38,15 @@ class Table(NamedTuple):
 
 
 def table_questions(table: Table, make: Callable[[dict], Question]) -> list[Question]:
-    """The questions of a table. Pictures stay on the disk until they are asked for.
+    """The questions of a table. Pictures are read from disk only when they are needed.
 
     Args:
-        make: gives the question for a row, without pictures. The row lacks the column `image` and has its `number` and
-            the `image_file` that its picture came from, None if unknown. If the question has no `image_id`, it gets the
-            digest of its picture, for which all pictures are read once.
+        make: returns the question of a row, without pictures. The row has no column `image`, but its `number` and the
+            `image_file` that its picture came from, None if unknown. A question without `image_id` gets the digest of
+            its picture as `image_id`; all pictures are read once for this.
 
     Raises:
-        ShortVError: if the table cannot be had, or names a picture that is not there.
+        ShortVError: if the table cannot be loaded, or names a missing picture.
     """
     rows = load_table(table)
     if table.pictures is None:
@@ -78,10 +78,10 @@ def load_table(table: Table, **options):
     Args:
         options: for `load_dataset`.
 
-    A data set that moved is looked for where it is now, then where it was.
+    A data set that moved is looked for under its new owner, then under the old one.
 
     Raises:
-        ShortVError: if the datasets library is missing or the table cannot be had.
+        ShortVError: if the datasets library is missing or the table cannot be loaded.
     """
     try:
         from datasets import load_dataset
@@ -104,15 +104,15 @@ def load_table(table: Table, **options):
 
 
 def _places(repository: str) -> list[str]:
-    """Where a data set may be, the newest place first."""
+    """Repositories that may hold a data set, the newest first."""
     owner, _, name = repository.partition("/")
     return [repository] + ([f"{FORMER_OWNERS[owner]}/{name}"] if owner in FORMER_OWNERS else [])
 
 
 def _reach(repository: str) -> None:
-    """Ask the Hub for a data set once; the datasets library would repeat itself for half a minute.
+    """Ask the Hub for a data set once; the datasets library would retry for half a minute.
 
-    Folders, and what was downloaded before if HF_HUB_OFFLINE is set, need no Hub.
+    Folders need no Hub. With HF_HUB_OFFLINE set, the data set must have been downloaded before.
 
     Raises:
         ShortVError: if the Hub does not answer or has no such data set.
@@ -125,15 +125,15 @@ def _reach(repository: str) -> None:
 
 
 def stream(table: Table, shuffle_seed: int | None = None, take: int | None = None, **options) -> Iterator[dict]:
-    """The rows of a table as they come, without a download of the whole.
+    """Stream the rows of a table, without downloading all of it.
 
     Args:
-        shuffle_seed: for another order; SHUFFLE_BUFFER rows beyond those taken are downloaded.
-        take: how many; all by default.
+        shuffle_seed: seed to shuffle the rows; SHUFFLE_BUFFER further rows are downloaded.
+        take: number of rows; all by default.
         options: for `load_dataset`.
 
     Raises:
-        ShortVError: if the datasets library is missing or the table cannot be had.
+        ShortVError: if the datasets library is missing or the table cannot be loaded.
     """
     rows = load_table(table, streaming=True, **options)
     with one_line(lambda error: f"{table.repository}: {_out_of_reach(error)}"):  # the download happens here
@@ -143,10 +143,10 @@ def stream(table: Table, shuffle_seed: int | None = None, take: int | None = Non
 
 
 def column(table: Table, name: str) -> list:
-    """A column of a table of which nothing else is downloaded.
+    """One column of a table; the other columns are not downloaded.
 
     Raises:
-        ShortVError: if the table cannot be had.
+        ShortVError: if the table cannot be loaded.
     """
     return [row[name] for row in stream(table, columns=[name])]
 
@@ -160,12 +160,12 @@ def _picture(pictures, place: int) -> Image.Image:
 
 
 def _middle(pictures: Any) -> Any:
-    """Of a video, which comes as several frames, LLaVA is shown the one in the middle."""
+    """The middle frame of a video, which LLaVA is shown; a single picture is returned as it is."""
     return pictures[(len(pictures) - 1) // 2] if isinstance(pictures, list) else pictures
 
 
 def _file_names(pictures) -> list[str | None]:
-    """Of each picture the file it came from, as far as the table tells; of a video None."""
+    """The file that each picture came from; None for videos, or if the table does not say."""
     from pyarrow import compute, types
 
     files = pictures.data.column("image")
@@ -199,9 +199,9 @@ def jsonl_questions(
     """The questions of a JSON-lines file of LLaVA's `eval.zip`; their texts are whole prompts.
 
     Args:
-        paths: where the file may be, below `root`.
-        images: where the folder of its pictures may be, below `root`.
-        answers: given `root`, a function from an entry of the file to the question's reference and details.
+        paths: possible paths of the file, below `root`.
+        images: possible paths of the folder of its pictures, below `root`.
+        answers: takes `root`, and returns a function from an entry of the file to the question's reference and details.
 
     Raises:
         ShortVError: if a file is missing or a picture is not in its folder.
@@ -217,10 +217,10 @@ def jsonl_questions(
 
 
 def find(root: Path, *names: str) -> Path:
-    """The first of these files or folders below `root` that is there.
+    """The first of these files or folders below `root` that exists.
 
     Raises:
-        ShortVError: if none is.
+        ShortVError: if none exists.
     """
     for name in names:
         if (root / name).exists():
@@ -229,7 +229,7 @@ def find(root: Path, *names: str) -> Path:
 
 
 def read_tsv(path: Path) -> list[dict[str, str | None]]:
-    """The rows of a table in a text file; what pandas takes for a missing value, LLaVA does too, becomes None.
+    """The rows of a tab-separated file; values that pandas, and so LLaVA, takes for missing are None.
 
     Raises:
         ShortVError: if the file cannot be read or pandas is missing.

@@ -1,8 +1,8 @@
 """The benchmarks of LLaVA-1.5: prompts, data and scoring as in its evaluation scripts.
 
-Data come from copies on the Hub, or from a folder laid out as LLaVA's `playground/data/eval` (its docs/Evaluation.md
-says what goes there). Prompts are those of the question files in LLaVA's `eval.zip`; they are put together again for
-the Hub's tables.
+Data come from copies on the Hub, or from a folder with the layout of LLaVA's `playground/data/eval` (see its
+docs/Evaluation.md). Prompts are those of the question files in LLaVA's `eval.zip`; for the Hub's tables they are built
+from the rows.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
 MME_FOLDER = "MME/MME_Benchmark_release_version"
-# Where LLaVA's scripts and where its documentation have them.
+# Paths in LLaVA's scripts and in its documentation.
 MMBENCH_CN_FILES = (
     "mmbench_cn/mmbench_dev_cn_20231003.tsv",
     "mmbench/mmbench_dev_cn_20231003.tsv",
@@ -44,24 +44,24 @@ Q_BENCH_IMAGES = ("qbench/images_llvisionqa", "qbench/images_llviqionqa")
 MM_VET_FILES = ("mm-vet/llava-mm-vet.jsonl", "mmvet/llava-mm-vet.jsonl")
 MM_VET_IMAGES = ("mm-vet/images", "mmvet/images", "mmvet/mm-vet/images")
 SEED_HUB_NOTE = "of a video the Hub's table has other frames than the one that LLaVA cut out; the middle one is shown"
-YES_OR_NO = "Please answer yes or no."  # ends MME's own questions, LLaVA puts SHORT in its place
+YES_OR_NO = "Please answer yes or no."  # end of MME's own questions, which LLaVA replaces by SHORT
 
 
 class Task(NamedTuple):
     """A benchmark.
 
     Args:
-        metric: the folder in `metrics/` that scores it; None where that needs another model or a server.
-        max_new_tokens: of an answer, as in LLaVA's script.
-        load: its questions, with distinct ids, from the Hub (None) or from a folder in LLaVA's layout. Raises
-            ShortVError if data are missing or not laid out as expected.
-        write_upload: for those scored elsewhere from another file than LLaVA's answers file: writes questions and
-            answers (by id) into a folder, as the file that is expected there, and returns its path.
+        metric: folder in `metrics/` that scores it; None if scoring needs another model or a server.
+        max_new_tokens: limit for an answer, as in LLaVA's script.
+        load: loads its questions, with distinct ids, from the Hub (None) or from a folder in LLaVA's layout. Raises
+            ShortVError if data are missing or have another layout.
+        write_upload: for tasks that are scored elsewhere from another file than LLaVA's answers file: writes the upload
+            file from questions and answers (by id) into a folder, and returns its path.
         metric_kwargs: constant arguments of the metric.
         dataset: Hub id of its data.
-        subset: of its questions, by whose score papers compare; all if None.
+        subset: subset of questions whose score papers compare; all if None.
         hub_note: how the Hub's tables differ from LLaVA's own set.
-        vicuna_system, image_aspect_ratio: as LLaVA's script for it has them; `crop` for CLIP's crop to the middle.
+        vicuna_system, image_aspect_ratio: settings of LLaVA's script; `crop` for CLIP's centre crop.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _load(name: str, hub, folder, root: Path | None) -> list[Question]:
 
 
 def _distinct(questions: Iterable[Question]) -> Iterable[Question]:
-    """The questions with what comes after the first of an id renamed: in MME and TextVQA it stands for the picture."""
+    """The questions with distinct ids: repeated ids get a suffix. In MME and TextVQA an id belongs to a picture."""
     seen = Counter()
     for question in questions:
         seen[question.id] += 1
@@ -157,7 +157,7 @@ def _scienceqa_question(id: int | str, text: str, problem: dict) -> Question:
 
 
 def _by_picture(load: Callable[[Path | None], list[Question]]) -> Callable[[Path | None], list[Question]]:
-    """Questions with and without a picture are scored apart as well; LLaVA's script tells them by their prompts."""
+    """Score questions with and without a picture also separately. LLaVA's script distinguishes them by their prompts."""
 
     def load_both(root: Path | None) -> list[Question]:
         questions = []
@@ -186,9 +186,9 @@ def _mme_row(row: dict) -> Question:
 
 
 def _mmbench_row(instruction: str, row: dict) -> Question:
-    """The table holds each question once for every rotation of its options, a million apart in `index`.
+    """The question of a row. The table has one row for each rotation of the options, with `index` a million apart.
 
-    A text "None" is taken for a missing option, as by LLaVA, even where it is the right one.
+    An option "None" counts as missing, as in LLaVA, even if it is the right one.
     """
     row = {name: None if str(value).lower() in ("nan", "none") else value for name, value in row.items()}
     choices = list(takewhile(lambda choice: choice is not None, (row[letter] for letter in "ABCD")))
@@ -211,7 +211,7 @@ def _seed_row(row: dict) -> Question:
 
 
 def _open_row(row: dict) -> Question:
-    """MM-Vet and LLaVA-Bench ask as people would."""
+    """The question of a row of MM-Vet or LLaVA-Bench, without an instruction for the answer's form."""
     return Question(str(row["question_id"]).removeprefix("v1_"), row["question"])
 
 
@@ -230,7 +230,7 @@ def _q_bench_question(entry: dict, id: int | str, reference: str | None) -> Ques
 
 # --- From LLaVA's folders --------------------------------------------------------------------------------------------
 
-# Given the folder, each of these gives a function from an entry of a question file to its reference and details.
+# Each of these functions takes the folder, and returns a function from an entry to its reference and details.
 
 
 def _no_answers(root: Path):
@@ -260,7 +260,7 @@ def _textvqa_answers(root: Path):
 
 
 def _pope_answers(root: Path):
-    """Labels stand in the order of the questions, in a file for each category."""
+    """Labels are in one file for each category, in the order of the questions."""
 
     @cache
     def labels(category: str):
@@ -277,7 +277,7 @@ def _pope_answers(root: Path):
 
 
 def _mme_answers(root: Path):
-    """A text file for each picture, beside it or in a folder of such files: a question, a tab and the answer a line."""
+    """Answers are in a text file for each picture, beside it or in a folder: question, tab and answer on each line."""
 
     @cache
     def answers(picture: str) -> dict[str, str]:
@@ -318,7 +318,7 @@ def _scienceqa_folder(root: Path) -> list[Question]:
 
 
 def _mmbench_folder(instruction: str, names: tuple[str, ...], root: Path) -> list[Question]:
-    """The pictures stand in the table, as text, and there is one copy for each rotation."""
+    """The questions of MMBench's table, which holds the pictures as text, one copy for each rotation."""
     questions = []
     for row in read_tsv(find(root, *names)):
         picture = row.pop("image")

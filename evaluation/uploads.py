@@ -1,4 +1,4 @@
-"""Answers in the files that benchmarks scored elsewhere take."""
+"""Upload files for benchmarks that are scored elsewhere."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from shortv_llava.files.outputs import replacing_file
 
 Answered = list[tuple[Question, str]]
 
-# The columns that LLaVA's convert_mmbench_for_submission.py leaves, in their order.
+# The columns that LLaVA's convert_mmbench_for_submission.py keeps, in their order.
 MMBENCH_COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 
 
@@ -26,12 +26,12 @@ def write_upload(
     """Write an upload file, whole or not at all.
 
     Args:
-        name: of the file.
-        content: what the file holds, from questions and their answers.
-        answers: by question id.
+        name: name of the file.
+        content: returns the file's content from questions and their answers.
+        answers: answers by question id.
 
     Returns:
-        the file's path.
+        The file's path.
 
     Raises:
         ShortVError: if a question has no answer or the file cannot be written.
@@ -48,7 +48,7 @@ def write_upload(
 
 
 def vqav2(answered: Answered) -> str:
-    """The evaluation server wants every question of the test set. Those that were not asked get an empty answer."""
+    """JSON for the evaluation server, which needs all questions of the test set; those not asked have empty answers."""
     known = {question.id: _normalized(answer) for question, answer in answered}
     ids = answered[0][0].details["test_ids"]
     return json.dumps([{"question_id": id, "answer": known.get(id, "")} for id in ids])

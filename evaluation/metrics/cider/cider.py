@@ -38,7 +38,7 @@ _CITATION = """\
 }
 """
 
-# All of it is ours, for pycocoevalcap is as large as the Java programs that it ships; tests compare with it.
+# Our own implementation, because pycocoevalcap ships large Java programs; tests compare with it.
 MAX_NGRAM = 4
 SIGMA = 6.0
 
@@ -60,7 +60,7 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-PUNCTUATION = set("'\"`.?!,:-;–—…")  # what pycocoevalcap drops; "?!" and lower-case bracket names it keeps
+PUNCTUATION = set("'\"`.?!,:-;–—…")  # pycocoevalcap drops these; it keeps "?!" and lower-case bracket names
 
 
 def tokenize(caption: str) -> list[str]:
@@ -80,7 +80,7 @@ def has_ptb() -> bool:
 
 
 def tokenize_ptb(captions: list[str]) -> list[list[str]]:
-    """The same by pycocoevalcap's Java program, in one run for all captions."""
+    """As [`tokenize`], by pycocoevalcap's Java program, in one run for all captions."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # The program answers line by line, so a caption has to be one line, and not an empty one.
@@ -94,7 +94,7 @@ def ngrams(tokens: list[str]) -> Counter:
 
 
 def length(grams: Counter) -> int:
-    """The number of bigrams: what the official scorer takes for a caption's length."""
+    """The number of bigrams, which the official scorer uses as a caption's length."""
     return sum(count for gram, count in grams.items() if len(gram) == 2)
 
 
@@ -114,7 +114,7 @@ def similarity(caption: Counter, reference: Counter, idf) -> float:
 
 
 def picture_scores(predictions, references, tokenizer: str | None = None) -> list[float]:
-    """Each picture's score, 0 to 10, with the document frequencies of all. Arguments as for the metric."""
+    """Each picture's score, 0 to 10, with the document frequencies of all pictures. Arguments as for the metric."""
     captions = [*predictions, *(caption for group in references for caption in group)]
     official = (tokenizer or default_tokenizer()) == "ptb"
     tokens = iter(tokenize_ptb(captions) if official else map(tokenize, captions))

@@ -59,9 +59,9 @@ PHRASE = re.compile(
 )
 LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 SCIENCEQA_LETTERS = "ABCDE"
-SCIENCEQA_SAID = re.compile(r"The answer is ([A-Z]).")  # any character behind it, as in LLaVA's script
+SCIENCEQA_SAID = re.compile(r"The answer is ([A-Z]).")  # then any character, as in LLaVA's script
 MMBENCH_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-MMBENCH_SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # the beginning of a word, too, as in VLMEvalKit
+MMBENCH_SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # also before the rest of a word, as in VLMEvalKit
 ARTICLE_OR_PRONOUN = re.compile(r"(?<!\S)[AI](?= +(?!(?:is|and|or)\b)\w)")
 
 
@@ -70,12 +70,12 @@ def simplify(text: str) -> str:
 
 
 def contains(answer: str, option: str) -> bool:
-    """Whether the option stands in the answer as whole words; scripts without spaces need no word ends."""
+    """Whether the answer contains the option as whole words; in scripts without spaces, as any substring."""
     return bool(option) and bool(re.search(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])", answer))
 
 
 def options(choices: list[str | None] | None) -> dict[str, str]:
-    """The texts of the options that there are, by letter."""
+    """The texts of the options that are not missing, by letter."""
     return {letter: text for letter, text in zip(ascii_uppercase, choices or ()) if text is not None}
 
 

@@ -38,7 +38,7 @@ NUMBERS = {"none": "0"} | {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 ARTICLES = {"a", "an", "the"}
-# The official list; "I'm" and its like are left out, for text is lower-case by the time they are looked up.
+# The official list without "I'm" and the like, because the text is lower-case when words are looked up.
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -48,19 +48,20 @@ CONTRACTIONS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """.split()
-# A word that lacks one of its apostrophes gets it back. The official table has "somebody'd" the wrong way round.
+# Words that lack one apostrophe, with the word that replaces them. The official table has "somebody'd" reversed.
 MISSING_APOSTROPHE = {
     word[:i] + word[i + 1 :]: word for word in CONTRACTIONS for i, character in enumerate(word) if character == "'"
 } | {"somebody'd": "somebodyd"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
-MAX_PERIODS = 32  # the script hands re.UNICODE, which is 32, to `sub` where the count stands
+MAX_PERIODS = 32  # the script passes re.UNICODE, which is 32, as the `count` of `sub`
 
 
 def normalize_punctuation(text: str) -> str:
-    """`processPunctuation` of the VQA script: a mark beside a space goes, any other becomes a space; a number with a
-    comma anywhere makes all marks go. Periods go unless a digit follows. Apostrophes and colons stay."""
+    """`processPunctuation` of the VQA script: a mark beside a space is removed, any other becomes a space. If the text
+    has a number with a comma, all marks are removed. Periods are removed unless a digit follows. Apostrophes and colons
+    are kept."""
     has_comma_number = COMMA_IN_NUMBER.search(text)
     result = text
     for mark in PUNCTUATION:
@@ -86,7 +87,7 @@ def normalize(text: str, normalization: str = "vqa") -> str:
 
 
 def leave_one_out(prediction: str, answers: list[str]) -> float:
-    """Mean of min(matches / 3, 1) over the subsets that leave one of the answers out."""
+    """Mean of min(matches / 3, 1) over the subsets that leave out one answer."""
     matches = answers.count(prediction)
     return sum(min((matches - (answer == prediction)) / 3, 1) for answer in answers) / len(answers)
 
