@@ -11,7 +11,7 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str):
-    # Imported on use: the commands' --help must not wait for torch and transformers.
+    # Imported on first use: the commands' --help must not wait for torch and transformers.
     if name in _EXPORTS:
         return getattr(import_module(f"shortv_llava.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

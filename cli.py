@@ -244,14 +244,14 @@ def main(*command: str) -> None:
     except Terminated:
         _stop(signal.SIGTERM, arguments)
     except SystemExit as end:
-        if end.code == 128 + signal.SIGINT:  # how Typer takes Ctrl-C, without a word
+        if end.code == 128 + signal.SIGINT:  # Typer's exit code for Ctrl-C; it prints nothing
             _stop(signal.SIGINT, arguments)
         raise
-    except Exception as error:  # what nothing below has put into words
+    except Exception as error:  # an error without a message of ours
         if verbose:
             raise
         sys.exit(_fail(str(error).strip() or type(error).__name__))
-    finally:  # what comes while the interpreter ends would be a traceback
+    finally:  # a signal while the interpreter ends would print a traceback
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -272,7 +272,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _repeat(ignored) -> None:
-    """Send a signal again that came where Python ignores exceptions, as in a `__del__`; show others as ever."""
+    """Send a signal again if it came where Python ignores exceptions, such as in `__del__`; report other exceptions."""
     number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(ignored.exc_type)
     if number is None:
         sys.__unraisablehook__(ignored)

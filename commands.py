@@ -1,4 +1,4 @@
-"""What commands share: options, options as one value, and the spinner while libraries are loaded."""
+"""Shared by commands: common options, options as one dataclass, and the spinner while libraries are loaded."""
 
 import functools
 import inspect
@@ -70,7 +70,7 @@ ReplacedLayers = Annotated[
 
 
 def takes(options: type) -> Callable[[Callable], Callable]:
-    """Decorator: the fields of a dataclass become a command's parameters, and reach it as one value."""
+    """Decorator: the fields of a dataclass become a command's parameters; the command gets them as one value."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -85,14 +85,14 @@ def takes(options: type) -> Callable[[Callable], Callable]:
 
 
 def check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
-    """Raises a usage error for both at once."""
+    """Raises a usage error if both are set."""
     if load_in_4bit and load_in_8bit:
         raise typer.BadParameter("4 or 8 bit, not both", param_hint="--load-in-4bit")
 
 
 @contextmanager
 def loading(what: str | Path) -> Iterator[None]:
-    """A spinner on standard error while options are checked and libraries imported; none where that is no terminal."""
+    """A spinner on standard error while options are checked and libraries imported; none if it is not a terminal."""
     from rich.console import Console
     from rich.live import Live
     from rich.spinner import Spinner

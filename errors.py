@@ -1,23 +1,23 @@
-"""The error that commands report in one line, and others made into it."""
+"""The error that commands report in one line, and conversion of other errors into it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class ShortVError(Exception):
-    """A failure that the user can mend; the message is one line that says what is wrong, where and what to do."""
+    """A failure that the user can fix; the message is one line that says what is wrong, where and what to do."""
 
 
 @contextmanager
 def one_line(message: Callable[[Exception], str], *passing: type[Exception]) -> Iterator[None]:
-    """Whatever libraries raise on strangers' files, settings and servers becomes a ShortVError.
+    """Convert errors that libraries raise on files, settings and servers of others into a ShortVError.
 
-    This is the one place that takes every kind of error: which one it is differs by library and version, and is
-    documented by none of them.
+    This is the only place that catches every kind of error: the kind differs by library and version, and no library
+    documents it.
 
     Args:
-        message: makes the line from the error.
-        passing: kinds that are left as they are; ShortVError always is.
+        message: returns the line for an error.
+        passing: kinds of errors that are not converted; ShortVError never is.
     """
     try:
         yield
@@ -28,10 +28,10 @@ def one_line(message: Callable[[Exception], str], *passing: type[Exception]) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what it adds below; the name of its class if it says nothing."""
+    """The first line of an error's message; the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def reason(error: Exception) -> str:
-    """What the system says of an operation that failed, without number and path; of others what they say."""
+    """The system's message for a failed operation, without number and path; for other errors their message."""
     return getattr(error, "strerror", None) or first_line(error)

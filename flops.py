@@ -1,13 +1,14 @@
-"""What a prefill costs with frozen visual tokens, the cost model of ShortV's section 3.3; which layers go first.
+"""Cost of a prefill with frozen visual tokens, by the cost model of ShortV's section 3.3; order of replacement.
 
-A multiply-add counts as two operations. The paper's formulas are for multi-head attention; here keys and values may be
-narrower (grouped-query attention), either block of a layer may be frozen alone, and frozen tokens may be corrected.
+A multiply-add counts as two operations. The paper's formulas are for multi-head attention. Here keys and values may
+also be narrower (grouped-query attention), either block of a layer may be frozen alone, and frozen tokens may be
+corrected.
 """
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-TEXT_TOKENS = 64  # of a prompt, in the paper's tables
+TEXT_TOKENS = 64  # text tokens of a prompt, in the paper's tables
 
 
 class BlockFlops(NamedTuple):
@@ -22,8 +23,8 @@ class BlockFlops(NamedTuple):
 def block_flops(text_config, text_tokens: int, visual_tokens: int) -> BlockFlops:
     """Operations of the attention and FFN block of a layer, visual tokens updated or frozen.
 
-    With h hidden size, q and k widths of queries and of keys, m FFN size, t text and v visual tokens; for q = k = h the
-    sums are the paper's 2(t+v)(4h+3m)h + 4(t+v)^2 h and 2t(4h+3m)h + 4v h^2 + 4t(t+v)h.
+    Names: h hidden size, q and k widths of queries and of keys, m FFN size, t text and v visual tokens. For q = k = h
+    the sums are the paper's 2(t+v)(4h+3m)h + 4(t+v)^2 h and 2t(4h+3m)h + 4v h^2 + 4t(t+v)h.
     """
     h, m = text_config.hidden_size, text_config.intermediate_size
     head_dim = getattr(text_config, "head_dim", None) or h // text_config.num_attention_heads
@@ -48,12 +49,12 @@ def prefill_flops(
     corrected_layers: Collection[int] = (),
     correction_rank: int = 0,
 ) -> int:
-    """Operations of all decoder layers for a prompt, with the visual tokens frozen in the blocks given.
+    """Operations of all decoder layers for a prompt, with the visual tokens frozen in the given blocks.
 
-    A correction of rank r adds 4 v h r where the FFN is frozen, and nothing elsewhere.
+    A correction of rank r adds 4 v h r in a layer whose FFN is frozen, and nothing in others.
 
     Args:
-        visual_tokens: of the prompt; or for each layer those that it gets, where some are dropped on the way.
+        visual_tokens: number of visual tokens of the prompt; or one number for each layer, if some are dropped.
     """
     operations, num_layers = 0, text_config.num_hidden_layers
     counts = [visual_tokens] * num_layers if isinstance(visual_tokens, int) else visual_tokens
@@ -67,40 +68,40 @@ def prefill_flops(
 
 
 def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Sequence[int] | None = None) -> float:
-    """Operations of a ShortV model's prefill over the dense model's, r in the paper; 1 / r bounds the speed-up.
+    """Prefill FLOPs of a ShortV model, relative to the dense model: r in the paper; 1 / r bounds the speed-up.
 
     Args:
         config: a ShortV configuration.
-        visual_tokens: of the prompt, or for each layer those that it gets, all of them in the first; those of one
-            full-size image by default.
+        visual_tokens: number of visual tokens of the prompt, or one number for each layer, where the first layer gets
+            all; by default those of one full-size image.
     """
     if visual_tokens is None:
         visual_tokens = image_tokens(config)
     whole = visual_tokens if isinstance(visual_tokens, int) else visual_tokens[0]
-    # A package from before corrections brings a configuration class that knows none.
+    # A package that was made before corrections existed has a configuration class without them.
     correction = getattr(config, "corrected_layers", ()), getattr(config, "correction_rank", 0)
     operations = prefill_flops(config.text_config, text_tokens, visual_tokens, *config.frozen_layers(), *correction)
     return operations / prefill_flops(config.text_config, text_tokens, whole)
 
 
 def image_tokens(config) -> int:
-    """Visual tokens of an image: those of LLaVA-1.5, or of the largest grid of tiles without newlines."""
+    """Number of visual tokens of an image: LLaVA-1.5's, or those of the largest grid of tiles, without newlines."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     tiles = 1
     for height, width in getattr(config, "image_grid_pinpoints", None) or ():
         tiles = max(tiles, 1 + height * width // config.vision_config.image_size**2)
-    limit = getattr(config, "vision_aspect_ratio", "")  # LLaVA-OneVision's: larger grids are shrunk to so many tiles
+    limit = getattr(config, "vision_aspect_ratio", "")  # LLaVA-OneVision shrinks larger grids to this number of tiles
     if limit.startswith("anyres_max_"):
         tiles = min(tiles, 1 + int(limit.removeprefix("anyres_max_")))
     return tiles * side**2
 
 
 def lowest(scores: Sequence[float], number: int | None = None) -> list[int]:
-    """The `number` units of lowest score (all by default), ascending by score; of equal ones the deeper first."""
+    """The `number` units of lowest score (all by default), ascending by score; for equal scores the deeper first."""
     return sorted(range(len(scores)), key=lambda unit: (scores[unit], -unit))[:number]
 
 
 def replacement_order(config) -> list[int]:
-    """Layers in order of replacement: the configuration's own, then, where they are scored, the others by LC."""
+    """Layers in order of replacement: the configuration's own, then the others by LC if there are scores."""
     order = list(config.replaced_layers)
     return order + [layer for layer in lowest(config.lc_scores or ()) if layer not in order]

@@ -1,11 +1,11 @@
-"""Several processes, as accelerate starts them."""
+"""Work with several processes that accelerate starts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
 def shared(work: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
-    """`work(item)` for each item, in their order; processes take items in turns, and all of them get every result."""
+    """`work(item)` for each item, in order. The items are divided among processes; every process gets all results."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
@@ -17,17 +17,17 @@ def shared(work: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
 
 
 def own_device() -> dict:
-    """The device map of a process among several: all on the device that accelerate has for it."""
+    """The device map of one of several processes: all modules on the device that accelerate assigns to it."""
     from accelerate import PartialState
 
     return {"": PartialState().device}
 
 
 def leave_processes() -> None:
-    """Part from the other processes, if any, at the end of a command.
+    """Leave the process group, if any, at the end of a command.
 
-    A thread of the process group that lets go of a tensor while the interpreter ends aborts the process
-    (pytorch/pytorch#190489), and the launcher then reports a run as failed that has written everything.
+    If a thread of the process group releases a tensor while the interpreter ends, the process aborts
+    (pytorch/pytorch#190489), and the launcher reports a complete run as failed.
     """
     from accelerate import PartialState
 

@@ -219,7 +219,7 @@ class Conversation:
         image_token = self.model.config.image_token_id
         pictures = list(dict.fromkeys(entry for entry in entries if isinstance(entry, Picture)))
         inputs = {"input_ids": torch.tensor([[image_token if isinstance(e, Picture) else e for e in entries]])}
-        for key in pictures[0].inputs if pictures else ():  # padded, because LLaVA-NeXT's images differ in number of tiles
+        for key in pictures[0].inputs if pictures else ():  # padded: LLaVA-NeXT's images differ in tiles
             inputs[key] = pad_sequence([picture.inputs[key][0] for picture in pictures], batch_first=True)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         output = self.model(**inputs, **{cache_name(): self.cache}, use_cache=True, logits_to_keep=1)

@@ -20,7 +20,7 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio
 
 SHORTV, DENSE = "ShortV", "Dense model"
-Chats = dict[str, list[dict]]  # each side's conversation in the format of chat templates, text last
+Chats = dict[str, list[dict]]  # each side's conversation in chat templates' format, text last
 
 
 def replacement_order(config) -> list[int]:

@@ -235,7 +235,7 @@ def tower_target(name: str) -> str | None:
 
 def vision_target(name: str) -> str | None:
     name = name.removeprefix("vision_model.")  # transformers 5 saves a tower without it
-    return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA uses SigLIP's patches, not its pooled output
+    return None if name.startswith("head.") else VISION_PREFIX + name  # LLaVA does not use SigLIP's pooled output
 
 
 def plan_tower(plan: dict[str, PlannedTensor], source: Path, vision_tower: Path | str | None) -> tuple[Path, dict]:

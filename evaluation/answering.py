@@ -156,7 +156,7 @@ class Answerer:
                 rows = tokenize(self.processor, texts)
             for number, row in zip(group, rows):
                 check_length(self.model.config, len(row), f"question {batch[number].id!r}")
-            beginning = os.path.commonprefix([row[:-1] for row in rows])  # without the last token, which gives the logits
+            beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token gives the logits
             beginnings.append(beginning)
             rests += [(number, index, row[len(beginning) :]) for number, row in zip(group, rows)]
             total, repeated = sum(map(len, rows)), (len(group) - 1) * len(beginning)

@@ -24,7 +24,7 @@ def table(results: Sequence[Result], **style) -> Table:
     mark = " [95%]" * (results[0].interval is not None)
     rows = [_row(result, mark) for result in results]
     prefills = any(result.prefill_seconds for result in results)
-    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # only in results.json, because the table is full
+    left_out = {f"% of dense{mark}", "speed-up"} if prefills else {"KL"}  # in results.json only: the table is full
     for name in rows[0]:
         if any(row[name] for row in rows) and name not in left_out:
             found.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)

@@ -201,7 +201,7 @@ def jsonl_questions(
     Args:
         paths: possible paths of the file, below `root`.
         images: possible paths of the folder of its pictures, below `root`.
-        answers: takes `root`, and returns a function from an entry of the file to the question's reference and details.
+        answers: takes `root` and returns a function from an entry of the file to the question's reference and details.
 
     Raises:
         ShortVError: if a file is missing or a picture is not in its folder.

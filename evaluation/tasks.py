@@ -157,7 +157,7 @@ def _scienceqa_question(id: int | str, text: str, problem: dict) -> Question:
 
 
 def _by_picture(load: Callable[[Path | None], list[Question]]) -> Callable[[Path | None], list[Question]]:
-    """Score questions with and without a picture also separately. LLaVA's script distinguishes them by their prompts."""
+    """Also score questions with and without a picture separately; LLaVA's script tells them apart by their prompts."""
 
     def load_both(root: Path | None) -> list[Question]:
         questions = []

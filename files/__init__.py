@@ -1,1 +1,1 @@
-"""Reading strangers' files and writing our own: whole or not at all."""
+"""Read files that others wrote, and write our own files whole or not at all."""

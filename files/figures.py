@@ -1,4 +1,4 @@
-"""How pictures of results look: readable in a model card, light and dark."""
+"""Style of plots: readable in a model card, on light and dark pages."""
 
 import math
 from collections.abc import Iterable
@@ -18,14 +18,14 @@ def new_figure():
 
 
 def log_with_zero(axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis for these values that has a place for 0, below the decade of the lowest other."""
+    """Set a logarithmic y axis for these values with a place for 0, below the decade of the lowest other value."""
     decade = math.floor(math.log10(min((value for value in values if value > 0), default=1.0)))
     axes.set_yscale("symlog", linthresh=10.0**decade, linscale=1)
     axes.set_ylim(bottom=0)
 
 
 def as_percent(axes) -> None:
-    """An axis of [`FLOPS_AXIS`], from the dense model on the left to cheaper ones."""
+    """Format an axis of [`FLOPS_AXIS`] in percent, with the dense model on the left and cheaper ones to the right."""
     from matplotlib.ticker import PercentFormatter
 
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -33,7 +33,7 @@ def as_percent(axes) -> None:
 
 
 def save_figure(figure, axes, path: Path) -> None:
-    """Write it as PNG, the same bytes for the same figure, and let it go."""
+    """Write the figure as PNG, the same bytes for the same figure, and close it."""
     from matplotlib import pyplot
 
     axes.grid(alpha=0.3)

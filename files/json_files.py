@@ -1,4 +1,4 @@
-"""JSON in files, as strangers leave it: what is wrong is said in one line that names the file."""
+"""Read JSON files that others wrote; an error is one line that names the file."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ from shortv_llava.errors import ShortVError, first_line, reason
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The value that stands in `data`, JSON in UTF-8.
+    """The value of `data`, JSON in UTF-8.
 
     Args:
-        where: what it is read from, for the error.
+        where: source of the data, for the error.
 
     Raises:
-        ShortVError: if it is no JSON, nested too deeply, or holds half a character, which no tokenizer takes.
+        ShortVError: if it is no JSON, nested too deeply, or has a lone surrogate, which tokenizers do not accept.
     """
     try:
         value = json.loads(data.decode())
@@ -49,5 +49,5 @@ def read_json(path: Path, kind: type[dict] | type[list] = dict) -> Any:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write it for people to read."""
+    """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

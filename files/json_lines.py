@@ -1,4 +1,4 @@
-"""Files with a JSON object a line: those of strangers, and records of finished work, which no interruption tears."""
+"""Files with a JSON object a line: files that others wrote, and records of finished work that survive interruptions."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ from shortv_llava.files.json_files import parse_json
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers, from 1, and objects of a file with a JSON object a line; empty lines are left out.
+    """Line numbers (from 1) and objects of a file with a JSON object a line; empty lines are skipped.
 
     Raises:
         ShortVError: if the file cannot be read or a line is no JSON object.
@@ -20,7 +20,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
 
 
 def read_record(path: Path) -> list[tuple[int, dict]]:
-    """The same of a file of [`add_to_record`]: nothing if it is not there yet, and without a line that a kill cut off.
+    """As [`read_jsonl`], for a file of [`add_to_record`]: empty if it does not exist, without an incomplete last line.
 
     Raises:
         ShortVError: if the file cannot be read or a line is no JSON object.
@@ -32,7 +32,7 @@ def read_record(path: Path) -> list[tuple[int, dict]]:
 
 
 def add_to_record(path: Path, entries: Iterable[dict]) -> None:
-    """Append a line for each object; they are on the disk when this returns. One that a kill cut off goes before."""
+    """Append a line for each object and sync to disk. An incomplete last line of the file is removed first."""
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     with open(path, "a+b") as file:
         file.seek(max(file.tell() - 1, 0))

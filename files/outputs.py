@@ -1,4 +1,4 @@
-"""Folders and files that commands write: whole or not at all, by one command at a time."""
+"""Write output folders and files: whole or not at all, by one command at a time."""
 
 import glob
 import hashlib
@@ -14,23 +14,23 @@ from filelock import FileLock, Timeout
 
 from shortv_llava.errors import ShortVError, reason
 
-JOURNAL = "calibration.journal.jsonl"  # of an unfinished calibration, alone in its output folder
-UNFINISHED = ".shortv-unfinished"  # in a folder that cannot be renamed away: what is to be put there
+JOURNAL = "calibration.journal.jsonl"  # the only file in the output folder of an unfinished calibration
+UNFINISHED = ".shortv-unfinished"  # subfolder with the new contents of a folder that cannot be renamed
 
 
 def check_folder(output: Path, overwrite: bool, is_package: bool, base: Path | None = None) -> None:
-    """Refuse, before any work, an output folder that must not or cannot be written.
+    """Before any work, refuse an output folder that must not or cannot be written.
 
-    A symbolic link stands for the folder that it names.
+    Symbolic links are followed.
 
     Args:
         overwrite: whether a package may be replaced.
-        is_package: whether the folder holds one.
-        base: what the output is made from.
+        is_package: whether the folder holds a package.
+        base: folder that the output is made from.
 
     Raises:
-        ShortVError: if the folder holds something, unless that is a package and `overwrite` is set, or what an
-            interrupted command left; if it is the base, a file, or may not be written.
+        ShortVError: if the folder is not empty, except for leftovers of an interrupted command, or a package if
+            `overwrite` is set; if it is the base, is a file, or is not writable.
     """
     output = check_writable(output)
     if base is not None and output == base.resolve():
@@ -45,10 +45,10 @@ def check_folder(output: Path, overwrite: bool, is_package: bool, base: Path | N
 
 
 def check_writable(output: Path) -> Path:
-    """The folder itself, behind symbolic links; its parent is made.
+    """The folder with symbolic links resolved; its parent is created.
 
     Raises:
-        ShortVError: if it is a file, cannot be, or may not be written.
+        ShortVError: if it is a file, cannot be created, or is not writable.
     """
     output = resolved(output)
     if output.exists() and not output.is_dir():
@@ -64,10 +64,10 @@ def check_writable(output: Path) -> Path:
 
 
 def resolved(output: Path) -> Path:
-    """The folder itself, behind symbolic links.
+    """The folder with symbolic links resolved.
 
     Raises:
-        ShortVError: if the system takes no such name, or the links lead back to themselves.
+        ShortVError: if the name is invalid, or the links form a loop.
     """
     try:
         folder = output.resolve()
@@ -79,13 +79,13 @@ def resolved(output: Path) -> Path:
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends well, and goes when it does not.
+    """A new folder that replaces `output` when the block ends without an error, and is removed otherwise.
 
-    Where the folder cannot be renamed away (a mount point, the working directory) it is filled where it is, config.json
-    last. What an interrupted command left of the same output is removed.
+    If `output` cannot be renamed (a mount point, the working directory), its contents are replaced instead, config.json
+    last. Leftovers of an interrupted command for the same output are removed.
 
     Raises:
-        ShortVError: if another command writes there.
+        ShortVError: if another command is writing to `output`.
     """
     output = resolved(output)
     with only_one(output):
@@ -116,7 +116,7 @@ def replacing(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` that takes its place when the block ends well."""
+    """A new file beside `path` that replaces it when the block ends without an error."""
     unfinished = path.with_name(f".unfinished-{path.name}")
     yield unfinished
     os.replace(unfinished, path)
@@ -124,10 +124,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_one(output: Path) -> Iterator[None]:
-    """See that no other process of this machine writes into a folder; the same one may ask again.
+    """Lock a folder against other processes on this machine; the same process may lock it again.
 
     Raises:
-        ShortVError: if one does.
+        ShortVError: if another process holds the lock.
     """
     output = resolved(output)
     owner = os.getuid() if hasattr(os, "getuid") else ""  # another user's lock could not be opened
@@ -144,7 +144,7 @@ def only_one(output: Path) -> Iterator[None]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link, or copy where the file system has none. A download's symbolic links are followed."""
+    """Hard-link a file, or copy it if the file system has no hard links. A download's symbolic links are followed."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -152,30 +152,31 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _stays(output: Path) -> bool:
-    """Whether a folder is there and cannot be renamed away."""
+    """Whether a folder exists and cannot be renamed."""
     return output.is_dir() and (
         os.path.ismount(output) or output == Path.cwd() or not os.access(output.parent, os.W_OK | os.X_OK)
     )
 
 
 def _leftovers(output: Path) -> list[Path]:
-    """What interrupted commands left beside the folder."""
+    """Folders that interrupted commands left beside the folder."""
     pattern = re.compile(re.escape(f".{output.name}.shortv-") + r"\w{8}(-old)?")
     found = output.parent.glob(f".{glob.escape(output.name)}.shortv-*")
     return [path for path in found if pattern.fullmatch(path.name)]
 
 
 def _restore(output: Path) -> None:
-    """Put a folder back that was renamed away by a command that was killed before the new one took its place."""
+    """Restore a folder that a command renamed, if the command was killed before the new folder replaced it."""
     for path in _leftovers(output):
         if path.name.endswith("-old") and not output.exists():
             os.rename(path, output)
 
 
 def _fill(staging: Path, output: Path) -> None:
-    """Put what is in `staging` into the folder around it, in place of all that is there.
+    """Replace the contents of `output` by those of `staging`, its subfolder.
 
-    Without a config.json the folder is no package, so an interruption leaves none that mixes old and new.
+    config.json is removed first and written last: without it the folder is no package, so an interruption never leaves
+    a package that mixes old and new files.
     """
     (output / "config.json").unlink(missing_ok=True)
     for path in output.iterdir():

@@ -61,7 +61,7 @@ LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 SCIENCEQA_LETTERS = "ABCDE"
 SCIENCEQA_SAID = re.compile(r"The answer is ([A-Z]).")  # then any character, as in LLaVA's script
 MMBENCH_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-MMBENCH_SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # also before the rest of a word, as in VLMEvalKit
+MMBENCH_SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # or a word's first letter, as in VLMEvalKit
 ARTICLE_OR_PRONOUN = re.compile(r"(?<!\S)[AI](?= +(?!(?:is|and|or)\b)\w)")
 
 
