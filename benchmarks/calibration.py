@@ -1,7 +1,7 @@
-"""LC scores with shared work against a full pass for each.
+"""LC scores with shared layer passes, compared with one full pass for each layer.
 
-The other side is what the definition says and the authors' code does: the model once as it is and once for every layer,
-with the visual tokens put back there to what they were. Both sides take turns in one process.
+The other side follows the definition and the authors' code: one pass of the original model and one for every layer, in
+which the layer's outputs for visual tokens are replaced by its inputs. Both sides run in turns in one process.
 """
 
 import statistics

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 NAMES = ", ".join(SHAPES)
-LIBRARIES = "torch and transformers"  # what is waited for
+LIBRARIES = "torch and transformers"  # shown while they are imported
 
 Width = Annotated[int, typer.Option(min=64, help="Hidden size of the language model, a multiple of 64.")]
 NumLayers = Annotated[int, typer.Option(min=1, help="Layers of the language model.")]
@@ -51,7 +51,7 @@ def _numbers(option: str, given: str, least: int) -> list[int]:
 def _check_prefill(
     model: list[str] | None, numbers: Sequence[int], methods: Sequence[Method], cuda_graphs: bool
 ) -> None:
-    # Which models are measured by default is known with torch alone; the deepest one takes what any does.
+    # The default models are known only after importing torch. The deepest shape accepts whatever any of them does.
     check_layers_of(model or [max(SHAPES, key=lambda name: SHAPES[name].num_layers)], numbers, methods)
     if cuda_graphs and any(found.dropping for found in methods):
         raise ShortVError("--cuda-graphs: which tokens a method drops is only known in the pass; leave one of both out")

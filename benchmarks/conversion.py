@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Print both peaks.
 
-    Mapped files count: what is read of a shard is resident until the next is opened.
+    Memory-mapped files count: the pages read of a shard are resident until the next shard is opened.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         original, adapter, output = (Path(temporary, name) for name in ("llava-original", "llava-lora", "output"))
@@ -61,7 +61,7 @@ def run(
 
 
 def make_original(folder: Path, text: dict, first_shard: float) -> int:
-    """A LLaVA-1.5 of random half-precision weights, its tower apart. Returns the bytes of the largest shard."""
+    """Write a LLaVA-1.5 with random half-precision weights and a separate tower. Returns the largest shard's bytes."""
     folder.mkdir()
     hidden = text["hidden_size"]
     width = hidden // 4  # a 7B's is CLIP-L
@@ -113,7 +113,7 @@ def make_adapter(folder: Path, base: Path, text: dict, rank: int) -> None:
 
 
 def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """A file of normal numbers, the same in every tensor. Returns its bytes."""
+    """Write a file of normally distributed values, the same in every tensor. Returns its size in bytes."""
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     numbers = torch.randn(1 << 20).half().repeat(-(-largest // (1 << 20)))
 

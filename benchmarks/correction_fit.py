@@ -1,4 +1,4 @@
-"""Seconds and memory of fitting corrections, measured on one shape and worked out for another by operations."""
+"""Seconds and memory of fitting corrections, measured on one shape and computed for another by operations."""
 
 import time
 
@@ -11,14 +11,14 @@ from shortv_llava.flops import prefill_flops
 
 
 def sweep_operations(text_config, shape: Shape, text_tokens: int, number: int) -> int:
-    """Operations of one picture's two sweeps, with `number` layers replaced, and of its part of their sums."""
+    """Operations of one picture's two passes, with `number` layers replaced, and of its part of the fits' sums."""
     tokens, layers = (text_tokens, shape.visual_tokens), range(number)
     sums = 4 * shape.visual_tokens * shape.width**2
     return prefill_flops(text_config, *tokens) + prefill_flops(text_config, *tokens, layers, layers) + number * sums
 
 
 def solve_seconds(size: int, rank: int, device: str) -> float:
-    """Seconds of one layer's closed form, of sums that are there already."""
+    """Seconds of one layer's closed-form solution, given the sums."""
     regression = Regression(size, torch.device(device))
     regression.add(torch.randn(2 * size, size, device=device), torch.randn(2 * size, size, device=device))
     begin = time.perf_counter()
@@ -36,7 +36,7 @@ def run(
     text_tokens: int,
     device: str,
 ) -> None:
-    """Time a fit on a model of random weights in float32, and say what one of another shape takes at that rate."""
+    """Time a fit on a model with random weights in float32, and print the time for another shape at the same rate."""
     shape, other = find_shape(model), find_shape(wanted)
     _, ours = make_pair(shape, device)
     number = round(layers * shape.num_layers)

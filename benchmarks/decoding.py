@@ -1,4 +1,4 @@
-"""Decoding after a prompt with an image, against the stock model: a ShortV layer is then the stock layer."""
+"""Decoding after a prompt with an image, compared with the stock model; ShortV layers then run as stock layers."""
 
 import torch
 from transformers import DynamicCache, StaticCache
@@ -41,7 +41,7 @@ def run(model: str, tokens: int, compile: bool) -> None:
     if compile:
         kinds.append(("static cache, torch.compile", True, True))
     for name, *kind in kinds:
-        if on_gpu:  # what kernels prepare for each new length would be paid by the side that comes to it first
+        if on_gpu:  # else the first side would pay for the kernels' set-up at each new length
             rehearse = steps(stock, *kind)
             for _ in range(warm_up + tokens):
                 rehearse()

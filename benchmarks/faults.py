@@ -1,7 +1,7 @@
-"""Faults on purpose: commands killed at random moments, impossible outputs, broken pictures, files and weights.
+"""Fault injection: commands killed at random moments, impossible outputs, broken pictures, files and weights.
 
-Every trial is a command in a process of its own, forked from one that has imported everything, on the embedded
-checkpoint. What is counted: results lost (other than those of an undisturbed run), half-written folders and leftovers,
+Every trial is a command in its own process, forked from one that has imported all libraries, on the embedded
+checkpoint. Counted are lost results (that differ from an undisturbed run's), half-written folders and leftovers, and
 tracebacks.
 """
 
@@ -57,7 +57,7 @@ LINES = {
 
 @dataclass
 class Count:
-    """Of one kind of fault; `notes` tell of those that went wrong."""
+    """Counts of one kind of fault; `notes` describe the trials that went wrong."""
 
     kind: str
     tried: int = 0
@@ -90,7 +90,7 @@ class Command:
         self.process.start()
 
     def end(self) -> tuple[int, str]:
-        """The exit code and what was written to the screen, when it has ended."""
+        """Wait for the command to end. Returns its exit code and its output on the screen."""
         self.process.join()
         text = self.log.read_text(errors="replace")
         self.log.unlink()
@@ -107,7 +107,7 @@ def _run(arguments: list[str], log: Path, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder by name, of those that hold seconds only that they are there."""
+    """All files of a folder by name; for files that hold seconds, the contents are left out."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): b"" if path.name in TIMES else path.read_bytes() for path in files}
 
@@ -117,7 +117,7 @@ def leftovers(output: Path) -> bool:
 
 
 def commands(work: Path) -> dict[str, list]:
-    """The commands that are killed, without their outputs."""
+    """The commands to kill, without their output arguments."""
     questions = work / "questions.jsonl"
     lines = (CHECKPOINT.parent / "samples" / "questions.jsonl").read_text().splitlines()
     questions.write_text("\n".join(lines[:24]) + "\n")
@@ -131,7 +131,7 @@ def commands(work: Path) -> dict[str, list]:
 
 
 def kill(work: Path, name: str, arguments: list, number: int, at_end: bool) -> Count:
-    """Kill a command again and again; the same command must then give what an undisturbed one does."""
+    """Kill a command repeatedly; the same command must then give the result of an undisturbed run."""
     count = Count(f"{name}, killed {'at its end' if at_end else 'at random'}")
     reference = work / f"{name}-{at_end}" / "out"
     began = time.monotonic()
@@ -171,7 +171,7 @@ def _wait_for_the_end(command: Command, output: Path) -> None:
 
 
 def outputs(work: Path) -> Count:
-    """Outputs that are links or cannot be renamed away, twice each."""
+    """Outputs that are links or cannot be renamed, twice each."""
     count = Count("outputs")
     for name in ("folder", "link", "dangling link", "working folder"):
         parent = work / name
@@ -204,7 +204,7 @@ def broken_pictures(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def pictures_and_lines(work: Path) -> Iterator[Count]:
-    """Broken pictures and lines of question files, a good line before them: `evaluate` must refuse each in one line."""
+    """Broken pictures and lines of question files, after a good line: `evaluate` must refuse each in one line."""
     folder, asked, output = work / "images", work / "asked.jsonl", work / "answers"
     folder.mkdir()
     shutil.copyfile(IMAGES / "000.png", folder / "000.png")
@@ -221,7 +221,7 @@ def pictures_and_lines(work: Path) -> Iterator[Count]:
 
 
 def damaged(work: Path, kind: str, damage: Iterator[tuple[str, str, Callable | None]]) -> Count:
-    """Checkpoints with one damaged file: packaging refuses them in one line, or the package answers."""
+    """Checkpoints with one damaged file: `package` must refuse them in one line, or the package must answer."""
     count, base, output, answered = Count(kind), work / "base", work / "made", work / "answered"
     asked = ("--questions", work / "questions.jsonl", "--images", IMAGES, "--max-new-tokens", 1, "--output", answered)
     for what, name, change in damage:

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: both sides in turns in one process, medians, quartiles, peak memory."""
+"""Measurements of the benchmarks: both sides in turns in one process, medians, quartiles, peak memory."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ WARM_UP = 2  # pairs that are not counted
 
 
 class Comparison(NamedTuple):
-    """Seconds of both sides (medians), and stock over ours, pair by pair: median and quartiles."""
+    """Seconds of both sides (medians), and the ratio stock / ours of each pair: median and quartiles."""
 
     stock: float
     ours: float
@@ -46,7 +46,7 @@ def compare(
     warm_up: int = WARM_UP,
     progress: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Time `pairs` runs of each, in random turns. `progress` is called after every pair, `warm_up` ones included."""
+    """Time `pairs` runs of each side, in random order. `progress` is called after every pair, warm-up included."""
     timed = []
     for number in range(warm_up + pairs):
         times = {}
@@ -62,8 +62,8 @@ def compare(
 
 
 def compare_memory(stock: Callable[[], object], ours: Callable[[], object], device) -> dict[str, float] | None:
-    """Peak bytes of each, None where the system does not tell. On a CPU medians of five runs in turns, for one run's
-    depends on what the heap has kept; on a GPU of one, which is exact."""
+    """Peak bytes of each side, None if the system does not report them. On a CPU the median of five runs in turns,
+    because a single run depends on the state of the heap; on a GPU one run, which is exact."""
     if device.type != "cuda" and not sys.platform.startswith("linux"):
         return None
     runs = 1 if device.type == "cuda" else 5
@@ -72,7 +72,7 @@ def compare_memory(stock: Callable[[], object], ours: Callable[[], object], devi
 
 
 def _peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` needs at its worst moment beyond what is held before, of the GPU or of the process."""
+    """Peak bytes of the GPU or the process during `work`, minus the bytes in use before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -80,8 +80,8 @@ def _peak_memory(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier would count as held
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier would count as in use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _process_memory("VmRSS")
     work()
     return _process_memory("VmHWM") - before
@@ -93,7 +93,7 @@ def _process_memory(field: str) -> int:
 
 
 def machine() -> dict:
-    """What the figures were measured on and with."""
+    """The machine and library versions of the measurement."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -105,7 +105,7 @@ def machine() -> dict:
 
 
 def write_json(path: Path, results: list[dict]) -> None:
-    """The machine and the results, for whoever compares machines."""
+    """Write the machine and the results, to compare machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as unfinished:
         unfinished.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""ShortV beside FastV and VTW, each at the same share of the dense model's FLOPs, on the same questions."""
+"""ShortV, FastV and VTW compared at the same share of the dense model's FLOPs, on the same questions."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +19,12 @@ from shortv_llava.evaluation.run import DENSE, Result, Variant, evaluate
 from shortv_llava.evaluation.scoring import check_references
 from shortv_llava.flops import prefill_flops
 
-FASTV_LAYER = 2  # K by default in its paper
-SEEDS = 3  # of random layers
+FASTV_LAYER = 2  # default K of its paper
+SEEDS = 3  # random choices of layers
 
 
 class Method(NamedTuple):
-    """A way to reach a share of the FLOPs; several variants are draws of a random one."""
+    """A method with settings that reach a share of the FLOPs; several variants are draws of random layers."""
 
     name: str
     detail: str
@@ -33,9 +33,9 @@ class Method(NamedTuple):
 
 
 class Methods:
-    """What one calibrated model can do, for prompts of given numbers of tokens.
+    """The methods that one calibrated model can use, for prompts with given numbers of tokens.
 
-    Corrected layers go in the configuration's order, plain ones by its LC scores.
+    Corrected layers are replaced in the configuration's order, layers without corrections by its LC scores.
     """
 
     def __init__(self, config, tokens: Tokens):
@@ -51,7 +51,7 @@ class Methods:
         return cost / prefill_flops(text_config, text, self.tokens.visual)
 
     def reaching(self, ratio: float) -> Iterator[Method]:
-        """Every method that comes down to this ratio, at its cheapest for the answers."""
+        """Every method that can reach this ratio, each with as little dropped or frozen as that needs."""
         fastv = self.first(ratio, (self.fastv(kept) for kept in reversed(range(self.tokens.visual))))
         less = fastv and Dropping(FASTV_LAYER, fastv.share / 2)
         for dropping, name in ((None, ""), (less, " + FastV")):
@@ -82,7 +82,7 @@ class Methods:
         dropping: Dropping | None = None,
         corrects: bool = False,
     ) -> Iterator[Method]:
-        """As many layers of each order as it takes; nothing if all are not enough."""
+        """The method with as many layers of each order as the ratio needs; nothing if all layers are not enough."""
         for number in range(1, len(orders[0]) + 1):
             found = self.flops_ratio(orders[0][:number], dropping, corrects)
             if found <= ratio:
@@ -100,7 +100,7 @@ def described(dropping: Dropping) -> str:
 
 
 def row(method: Method, results: Sequence[Result]) -> list[str]:
-    """Means where there are several, with their standard deviation."""
+    """A row of the table; means with standard deviations if there are several results."""
 
     def mean(form: str, value: Callable[[Result], float]) -> str:
         values = [value(result) for result in results]
@@ -121,13 +121,13 @@ def row(method: Method, results: Sequence[Result]) -> list[str]:
 
 
 def seconds(results: Sequence[Result]) -> str:
-    """Of a prefill; measured only beside variants that drop tokens."""
+    """Seconds of a prefill, measured only if a variant drops tokens."""
     taken = [result.prefill_seconds for result in results if result.prefill_seconds is not None]
     return f"{statistics.median(taken):.3f}" if taken else ""
 
 
 def mean_tokens(answerer: Answerer, questions: Sequence[Question]) -> Tokens:
-    """Visual and text tokens of a prompt, means."""
+    """Mean numbers of visual and text tokens of a prompt."""
     visual, whole = [], []
     for question in questions:
         ids = answerer.inputs([question])["input_ids"]
@@ -144,7 +144,7 @@ def run(model: Path, questions: Path, images: Path, metric: str, ratios: Sequenc
         settings: `dtype`, `batch_size` and `max_new_tokens` of the model and its answers, `output` for answers.
 
     Raises:
-        ShortVError: if the model names no order of all its layers, or a question has no reference.
+        ShortVError: if the model has no order of all its layers, or a question has no reference.
     """
     asked = read_questions(questions, images)
     check_references(metric, asked)

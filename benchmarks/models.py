@@ -16,8 +16,8 @@ PATCH = 14
 IMAGE_TOKEN = 999
 BEFORE_IMAGE = 35  # text tokens before the image in LLaVA's prompts
 
-# MKL cuts a product across its rows; with those of a short text every thread then packs the whole weight matrix. Cut
-# along the weights instead, for both models alike. Read at the first product.
+# MKL splits a matrix product by rows; for a short text every thread then packs the whole weight matrix. This variable,
+# read at the first product, makes it split by the weights instead, for both models.
 os.environ.setdefault("MKL_NUM_STRIPES", str(torch.get_num_threads()))
 
 
@@ -30,7 +30,7 @@ def make_pair(
 ):
     """(stock, ours): LLaVA-1.5 with random weights. The vision tower is CLIP-L for published shapes, else one layer.
 
-    With a `correction_rank`, ours has corrections of all layers but the last, as calibration fits them.
+    With a `correction_rank`, ours has corrections of all layers but the last, as after calibration.
     """
     text = LlamaConfig(
         vocab_size=32064 if shape.published else 1000,
@@ -75,7 +75,7 @@ def fuse_norms(model) -> None:
 
 
 def make_processor(model):
-    """A processor for a model of [`make_pair`], which is told the image token, with the embedded checkpoint's words."""
+    """A processor for a model of [`make_pair`], with the embedded checkpoint's tokenizer. Sets the model's image token."""
     processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
     processor.patch_size = PATCH
     processor.image_processor.size = {"shortest_edge": side}
@@ -85,7 +85,7 @@ def make_processor(model):
 
 
 def make_picture(model) -> Image.Image:
-    """Noise of the size that a model takes."""
+    """A picture of noise, of the model's image size."""
     side = model.config.vision_config.image_size
     return Image.effect_noise((side, side), 64).convert("RGB")
 

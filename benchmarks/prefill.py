@@ -1,4 +1,4 @@
-"""Prefill against the stock model: time to first token, share of the cost model's bound, memory."""
+"""Prefill compared with the stock model: time to first token, share of the cost model's bound, memory."""
 
 import functools
 import itertools
@@ -36,14 +36,15 @@ LEGEND = """seconds, medians of {pairs} pairs, ± half the quartiles' distance; 
 
 
 class Variant(NamedTuple):
-    """What is saved: replaced layers, layers with frozen attention, with frozen FFN; and visual tokens that go."""
+    """What is frozen or dropped: replaced layers, layers with frozen attention or FFN, and dropped visual tokens."""
 
     frozen: tuple[list[int], list[int], list[int]]
     dropping: Dropping | None = None
 
 
 def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequence[Method] = ()) -> dict[str, Variant]:
-    """By name: of `methods` each, with those numbers of replaced layers or the paper's; else of frozen layers alone."""
+    """Variants by name: one for each of `methods` and number of replaced layers (default: the paper's), or, without
+    `methods`, only with frozen layers."""
     everything = shape.num_layers
     if methods:
         published = PUBLISHED[shape.published].replaced_layers if shape.published else range(round(0.6 * everything))
@@ -64,16 +65,16 @@ def variants(name: str, shape: Shape, numbers: list[int] | None, methods: Sequen
 
 @dataclass(frozen=True)
 class Setting:
-    """How both models are run: one table.
+    """Settings of both models, for one table.
 
     Args:
         model: a name of SHAPES.
-        attention: its implementation.
-        cuda_graphs: both models replay CUDA graphs. Then the language model's prefill is its graph alone, and the time
-            to first token has what the host does between the graphs.
-        fused_norms: norms are one kernel each.
-        correction_rank: of corrections of the frozen tokens; 0 for none.
-        pairs: of runs, stock and ours.
+        attention: implementation of attention.
+        cuda_graphs: both models replay CUDA graphs. Then the language model's prefill is only its graph, and the time
+            to first token includes the host's work between the graphs.
+        fused_norms: each norm is one kernel.
+        correction_rank: rank of the corrections of frozen tokens; 0 for none.
+        pairs: number of timed pairs of runs, stock and ours.
     """
 
     model: str
@@ -98,14 +99,14 @@ class Setting:
 
     @property
     def timings(self) -> int:
-        """How often a variant is timed: with the vision tower, too, where that is the real one or a graph."""
+        """Number of timings of a variant: one more, with the vision tower, if that is the real one or a graph."""
         return 2 if self.cuda_graphs or self.shape.published else 1
 
 
 @torch.no_grad()
 def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: None) -> dict:
-    """One row of the table. The bound is of the language model, so its prefill is timed with the image features given;
-    published shapes are timed with the vision tower as well.
+    """One row of the table. The bound is for the language model, so its prefill is timed with given image features;
+    published shapes are also timed with the vision tower.
     """
     shape, text_tokens = setting.shape, setting.text_tokens
     ours.set_replaced_layers(*variant.frozen)
@@ -148,7 +149,7 @@ def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: No
 
 
 def table(title: str, rows: list[dict]) -> Table:
-    """What was frozen or dropped and what that gave, a line for each."""
+    """A table of the results, one line for each variant."""
     found = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     found.add_column("method" if any(row["dropping"] for row in rows) else "frozen", no_wrap=True)
     names = ["stock", "ours", "speed-up", "bound", "share", "memory"]
@@ -175,7 +176,7 @@ def table(title: str, rows: list[dict]) -> Table:
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    """Speed-up against bound, a point for each row, a colour for each model, captured passes hollow."""
+    """Plot speed-up against bound: a point for each row, a colour for each model, hollow points for CUDA graphs."""
     figure, axes = new_figure()
     highest = max(row["bound"] for row in rows)
     axes.plot([1, highest], [1, highest], "--", color="0.6", label="bound")
@@ -197,7 +198,7 @@ def make_models(setting: Setting):
     """The stock model and ours, on a GPU in bfloat16 if there is one.
 
     Raises:
-        ShortVError: if there is no such implementation of attention.
+        ShortVError: if the implementation of attention is not available.
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
@@ -212,11 +213,11 @@ def make_models(setting: Setting):
 def run_model(
     settings: Sequence[Setting], chosen: dict[str, Variant], console: Console, keep: Callable[[dict], None]
 ) -> None:
-    """Measure two models, which all `settings` have in common, and print a table for each of these.
+    """Measure two models and print a table for each of `settings`, which share the models.
 
     Args:
         chosen: variants by name.
-        keep: gets every row as it comes; a later one may run out of memory.
+        keep: called with every row at once, because a later one may run out of memory.
     """
     name, shape = settings[0].model, settings[0].shape
     console.print(f"{name}: making two models of {shape.num_layers} layers of width {shape.width}")
@@ -244,14 +245,14 @@ def run(
     output: Path | None,
     **common,
 ) -> None:
-    """Measure models and print what was found, a table for each [`Setting`].
+    """Measure models and print a table for each [`Setting`].
 
     Args:
-        names: of SHAPES; by default those that suit this machine.
-        numbers: of replaced layers; the paper's by default.
-        cuda_graphs: with each batch measured as graphs too.
+        names: names of SHAPES; by default those that suit this machine.
+        numbers: numbers of replaced layers; the paper's by default.
+        cuda_graphs: measure each batch with CUDA graphs, too.
         output: folder for figures and plot.
-        common: to all settings.
+        common: options that all settings share.
     """
     names = names or [name for name in SHAPES if bool(SHAPES[name].published) == torch.cuda.is_available()]
     check_layers_of(names, numbers or (), methods)

@@ -1,4 +1,4 @@
-"""Parts of a model captured as CUDA graphs, so that the host launches one graph in place of a thousand kernels."""
+"""Capture parts of a model as CUDA graphs, so that the host launches one graph instead of a thousand kernels."""
 
 from contextlib import contextmanager
 
@@ -6,11 +6,11 @@ import torch
 
 
 class Replay:
-    """A module's method, captured at its second call. Later calls copy the one tensor that differs and replay the rest.
+    """A module's method, captured at its second call. Later calls copy the changing tensor and replay the graph.
 
     Args:
-        method: whose arguments are given by keyword. The host must not read from the device in it.
-        changing (`str`): the argument that differs from call to call, a tensor of one shape and dtype.
+        method: method with keyword arguments. Its host code must not read from the device.
+        changing (`str`): name of the argument that differs between calls, a tensor of fixed shape and dtype.
     """
 
     def __init__(self, method, changing: str):
@@ -26,12 +26,12 @@ class Replay:
         return self.output
 
     def replay(self) -> None:
-        """Once more with what came last."""
+        """Replay the graph with the last input."""
         self.graph.replay()
 
     def _warm_up(self, kwargs):
-        """What libraries make at their first calls is not for the graph; what a pass makes for its layers is, so the
-        capture is another call's, whose arguments nobody has used."""
+        """Run the method once before the capture, for set-up at libraries' first calls. Tensors that a pass makes for
+        its layers must be captured, so the capture uses another call, with fresh arguments."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -43,10 +43,10 @@ class Replay:
 
     def _capture(self, kwargs) -> None:
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.all():  # which the host could not find out during the capture
+        if mask is not None and mask.all():  # the host cannot read this during the capture
             kwargs["attention_mask"] = None
         self.input = kwargs[self.changing].clone()
-        self.kept = kwargs | {self.changing: self.input}  # the graph reads their tensors
+        self.kept = kwargs | {self.changing: self.input}  # keeps the tensors that the graph reads
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.output = self.method(**self.kept)
@@ -54,9 +54,9 @@ class Replay:
 
 @contextmanager
 def replayed(model, inputs: dict):
-    """Within, `model` replays its vision tower and its language model for inputs of the shape and layout of `inputs`.
+    """Make `model` replay its vision tower and its language model, for inputs with the shape and layout of `inputs`.
 
-    Gives the language model's [`Replay`]. What is between the two, and the head, runs as ever.
+    Yields the language model's [`Replay`]. The code between the two, and the head, runs eagerly.
     """
     inner, language_model = model.model, model.model.language_model
     inner.get_image_features = Replay(inner.get_image_features, "pixel_values")

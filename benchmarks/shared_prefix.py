@@ -1,6 +1,6 @@
-"""Many questions about one picture, prefilled once or for each.
+"""Many questions about one picture, which is prefilled once or for each question.
 
-Random weights answer with random tokens, so every answer is given the same number of them; GQA's are about two.
+Random weights give random tokens, so every answer has a fixed number of tokens; GQA's answers have about two.
 """
 
 import statistics
@@ -18,7 +18,7 @@ def run(shape: Shape, questions: int, fraction: float, new_tokens: int, batch_si
     num_layers = shape.num_layers
     _, model = make_pair(shape)
     processor, picture = make_processor(model), make_picture(model)
-    # In the embedded checkpoint's words about as many tokens as a question of GQA and its instruction have in Vicuna's.
+    # With the embedded checkpoint's tokenizer about as many tokens as GQA's questions with instruction in Vicuna's.
     texts = [
         f"Is there a {color} {shape}? What color is the {shape}?" for color in shapes.COLORS for shape in shapes.SHAPES
     ]

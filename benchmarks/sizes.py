@@ -1,4 +1,4 @@
-"""Sizes of the models that are measured, and what is frozen or dropped in them."""
+"""Shapes of the measured models, and their layers to replace."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,23 +15,23 @@ class Shape(NamedTuple):
     num_layers: int
     ffn: int
     head_size: int = 64
-    image_side: int = 24  # visual tokens of a tile are its square
+    image_side: int = 24  # a tile has image_side ** 2 visual tokens
     tiles: int = 1
-    published: str | None = None  # the model whose list of layers is taken
+    published: str | None = None  # name of the published model with this shape's list of layers
 
     @property
     def visual_tokens(self) -> int:
         return self.tiles * self.image_side**2
 
     def layers(self, number: int) -> list[int]:
-        """The first of the published list and, beyond it or without one, the others from the last layer on."""
+        """The first `number` layers of the published list, if any, followed by the others from the last layer down."""
         order = list(PUBLISHED[self.published].replaced_layers) if self.published else []
         order += [layer for layer in reversed(range(self.num_layers)) if layer not in order]
         return order[:number]
 
 
 def scaled(width: int = 1024, num_layers: int = 16, image_side: int = 24, tiles: int = 1) -> Shape:
-    """Llama's proportions at any width that has whole heads."""
+    """A shape with Llama's proportions, at any width that is a whole number of heads."""
     if width % 64:
         raise ShortVError(f"--width {width}: give a multiple of 64, the size of a head")
     return Shape(width, num_layers, width * 43 // 16, image_side=image_side, tiles=tiles)
@@ -48,14 +48,14 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of this name; [`ShortVError`] if there is none."""
+    """The shape of this name; raises [`ShortVError`] if there is none."""
     if name not in SHAPES:
         raise ShortVError(f"there is no model {name!r}; there are {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
 def check_layers_of(names: Sequence[str], numbers: Sequence[int], methods: Sequence[Method]) -> None:
-    """Raises [`ShortVError`] if a model has fewer layers than these numbers of replaced ones, or than methods need."""
+    """Raises [`ShortVError`] if a model has fewer layers than one of `numbers`, or than a method needs."""
     for name in names:
         num_layers = find_shape(name).num_layers
         if any(not 0 <= number <= num_layers for number in numbers):

@@ -1,6 +1,6 @@
 """Stock LLaVA and ShortV behind vLLM's server under load.
 
-Random weights, vLLM's own benchmark client with random images. Both servers run; they are asked in turns.
+The models have random weights. vLLM's own benchmark client sends random images to both running servers in turns.
 """
 
 import json
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def start_server(stack: ExitStack, folder: Path, log) -> int:
-    """Start `shortv serve` until the stack closes; the port."""
+    """Start `shortv serve`, which runs until the stack closes. Returns its port."""
     port = free_port()
     command = [sys.executable, "-m", "shortv_llava.cli", "serve", str(folder), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--load-format", "dummy", "--max-model-len", "1024", "--max-num-seqs", "8"]
@@ -44,7 +44,7 @@ def start_server(stack: ExitStack, folder: Path, log) -> int:
 
 
 def ask(folder: Path, port: int, requests: int, concurrency: int, image_side: int, results: Path, log) -> dict:
-    """One run of the client; what it measured."""
+    """Run the client once. Returns its measurements."""
     side = image_side * PATCH
     options = {
         "backend": "openai-chat",
@@ -55,13 +55,13 @@ def ask(folder: Path, port: int, requests: int, concurrency: int, image_side: in
         "dataset-name": "random-mm",
         "num-prompts": requests,
         "max-concurrency": concurrency,
-        "random-input-len": 24,  # and 40 of the chat template
+        "random-input-len": 24,  # plus 40 of the chat template
         "random-output-len": 8,
         "random-mm-base-items-per-request": 1,
         "random-mm-num-mm-items-range-ratio": 0,
         "random-mm-limit-mm-per-prompt": json.dumps({"image": 1}),
         "random-mm-bucket-config": f"{{({side}, {side}, 1): 1.0}}",
-        "seed": int.from_bytes(os.urandom(2)),  # other images each time: none is in a cache
+        "seed": int.from_bytes(os.urandom(2)),  # new images each time, so that none is in a cache
         "ready-check-timeout-sec": 200,
         "percentile-metrics": "ttft",
         "metric-percentiles": "50,99",

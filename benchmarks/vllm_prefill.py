@@ -1,8 +1,7 @@
 """Prefill throughput in vLLM against its stock LLaVA.
 
 Both engines run in this process with random weights and take turns; the figure is the median of the paired ratios. The
-vision tower is one narrow layer, so that the language model's prefill is what is timed. No request finds anything in a
-cache.
+vision tower is one narrow layer, so the time is that of the language model's prefill. Nothing is in a prefix cache.
 """
 
 import functools

@@ -24,7 +24,7 @@ Chats = dict[str, list[dict]]  # each side's conversation in chat templates' for
 
 
 def replacement_order(config) -> list[int]:
-    """Layers in the order in which the slider replaces them: the model's own, then the others by LC if it has scores."""
+    """Layers in the order in which the slider replaces them: the model's own, then the others by LC, if scored."""
     order = list(config.replaced_layers)
     if config.lc_scores:
         others = set(range(config.text_config.num_hidden_layers)) - set(order)

@@ -1,4 +1,4 @@
-"""The whole way on the embedded checkpoint: calibrate, package, load as a stranger would, answer, measure."""
+"""All steps on the embedded checkpoint: calibrate, package, load with transformers only, answer, measure."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ NUM_QUESTIONS = 6
 
 
 def run(output: Path) -> None:
-    """Make the package `output`, replacing one made before, and show what it does."""
+    """Make the package `output`, replacing an existing one, and show what it does."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
     from transformers.utils import logging
 
@@ -36,7 +36,7 @@ def run(output: Path) -> None:
     calibrate(CHECKPOINT, model, processor, choosing, held_out, output, Choice(), settings, tokens, overwrite=True)
     console.print(f"wrote {output}\n")
 
-    # From here on nothing but the folder and transformers.
+    # From here on only the folder and transformers are used.
     trust = {"trust_remote_code": True, "dtype": torch.float32}
     shortv = AutoModelForImageTextToText.from_pretrained(output, **trust)
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)

@@ -1,11 +1,11 @@
-"""Accuracy that frozen visual tokens cost, won back by LoRA: `python -m shortv_llava.examples.finetune_lora`.
+"""Recover accuracy that freezing costs by LoRA: `python -m shortv_llava.examples.finetune_lora`.
 
-With `--only corrections` no weight of the model is trained: linear maps of the same rank stand in for the frozen
-updates, first fitted in closed form, then trained.
+With `--only corrections` no weight of the model is trained: corrections of the same rank are fitted in closed form,
+then trained.
 
-The embedded checkpoint is fine-tuned with visual tokens frozen in 80 percent of its layers, in those that matter most,
-on questions about pictures drawn as those it was trained on. For a checkpoint and data of your own, replace
-`Conversations`: any batch with `labels` will do.
+Visual tokens are frozen in the 80 percent of the embedded checkpoint's layers that matter most. The model is fine-tuned
+on questions about new pictures from its training distribution. For your own checkpoint and data, replace
+`Conversations`: any batch with `labels` works.
 """
 
 from typing import Annotated
@@ -29,7 +29,7 @@ from shortv_llava.flops import lowest
 
 
 def layers_that_matter(model, processor, fraction: float) -> list[int]:
-    """The `fraction` of the layers with the highest LC scores: what calibration would leave alone."""
+    """The `fraction` of the layers with the highest LC scores, which calibration would not replace."""
     scores = layer_contribution(model, make_inputs(processor, draw(embedded_samples(), 20, seed=0)))
     return lowest((-scores).tolist(), number_of_layers(len(scores), fraction))
 
@@ -41,7 +41,7 @@ def with_lora(model, rank: int):
 
 
 def with_corrections(model, processor, rank: int):
-    """The model with corrections fitted on the embedded pictures, for training of nothing but these."""
+    """The model with corrections fitted on the embedded pictures; only the corrections are trainable."""
     samples = [FitSample(model, make_inputs(processor, [sample])) for sample in embedded_samples()]
     set_corrections(model, fit_corrections(model, samples, rank))
     model.requires_grad_(False)
@@ -51,7 +51,7 @@ def with_corrections(model, processor, rank: int):
 
 
 def train(model, processor, steps: int, lr: float) -> None:
-    """Train what a model has to train, on pictures drawn as those that it was trained on."""
+    """Train a model's trainable parameters, on new pictures from its training distribution."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     data = Conversations(processor, model.config.image_seq_length)

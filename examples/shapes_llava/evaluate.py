@@ -1,7 +1,7 @@
-"""What ShortV does to the embedded checkpoint: `python -m shortv_llava.examples.shapes_llava.evaluate`.
+"""Effect of ShortV on the embedded checkpoint: `python -m shortv_llava.examples.shapes_llava.evaluate`.
 
-Layers and blocks are chosen on the embedded samples by every strategy, and frozen at 40, 60 and 80 percent of the
-layers (blocks: at the same FLOPs); divergence, agreement and accuracy are measured on questions never trained on.
+Every strategy chooses layers and blocks on the embedded samples. 40, 60 and 80 percent of the layers are frozen
+(blocks: at the same FLOPs). Divergence, agreement and accuracy are measured on questions not used in training.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def answers(model, processor, asked: Sequence[tuple[shapes.Scene, str]], max_new
 
 
 def accuracy(model, processor, questions: Sequence[tuple[shapes.Scene, shapes.Question]]) -> dict[str, float]:
-    """Exact-match percentages: of each kind of question and, as `all`, of all."""
+    """Exact-match percentages for each kind of question, and for all questions as `all`."""
     given = answers(model, processor, [(scene, question.text) for scene, question in questions], 6)
     right = {kind: [] for kind in (*shapes.KINDS, "all")}
     for answer, (_, question) in zip(given, questions):

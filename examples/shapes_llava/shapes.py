@@ -1,7 +1,7 @@
 """Synthetic pictures of coloured shapes, with questions and captions: the data of the embedded checkpoint.
 
-A picture is a 3 x 3 grid of cells; each of its one to three shapes stands in a cell of its own, a little off centre.
-Everything is drawn from the `random.Random` passed in, so a seed names a picture and its questions.
+A picture is a 3 x 3 grid of cells with one to three shapes, each in a separate cell, a little off centre. All random
+choices use the given `random.Random`, so a seed determines a picture and its questions.
 """
 
 import json
@@ -48,7 +48,7 @@ class ColoredShape:
 
     @property
     def words(self) -> list[str]:
-        """All that can be said of it: colour, shape and position."""
+        """All words that describe it: colour, shape and position."""
         return [self.color, self.shape, *POSITIONS[self.cell].split()]
 
 
@@ -128,7 +128,7 @@ def article(name: str) -> str:
 
 
 def _name(item: ColoredShape, about: str) -> str:
-    """What an object is called by its `color`, its `shape` or `both`."""
+    """An object's name by its `color`, its `shape` or `both`."""
     return {"color": f"{item.color} object", "shape": item.shape, "both": item.name}[about]
 
 
@@ -139,7 +139,7 @@ def caption(scene: Scene) -> str:
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """A question of one of KINDS with a short answer, or None where the scene allows no unambiguous one."""
+    """A question of one of KINDS with a short answer, or None if the scene allows no unambiguous one."""
     item = rng.choice(scene.objects)
     if kind == "existence":
         about = rng.choice(("color", "shape", "both"))
@@ -147,7 +147,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
         if rng.random() < 0.5:
             name = _name(item, about)
         else:
-            pairs = [(a.color, b.shape) for a in scene.objects for b in scene.objects]  # both there, not as one
+            pairs = [(a.color, b.shape) for a in scene.objects for b in scene.objects]  # both present, in different objects
             if about != "both" or rng.random() < 0.5:
                 pairs = [(color, shape) for color in COLORS for shape in SHAPES]
             names = [_name(ColoredShape(color, shape, 0, (0, 0), 0), about) for color, shape in pairs]
@@ -188,7 +188,7 @@ def ask_several(scene: Scene, number: int, rng: random.Random, weights=(1, 1, 1,
 
 
 def different(tries: Iterable[Question | None], number: int) -> list[Question]:
-    """The first `number` questions of different texts, or as many as there are."""
+    """The first `number` questions with different texts, or as many as there are."""
     asked: dict[str, Question] = {}
     for question in tries:
         if question is not None:

@@ -1,12 +1,12 @@
 """Train the embedded LLaVA from scratch: `python -m shortv_llava.examples.shapes_llava.train --work training`.
 
-1. Vision tower and projector are aligned with the word embeddings: the visual token of a patch shall be like the words
-   for what the patch shows. Finding what a question names is then a matter of like and like.
-2. A few layers of the language model are trained on questions and answers, with the loss on the answers alone. To look
-   for what a question names is learnt late or never by all twelve at once.
-3. The other layers join, at first without any effect, and all are trained.
+1. Vision tower and projector are aligned with the word embeddings: the visual token of a patch becomes similar to the
+   words for what the patch shows. Attention can then find an object by similarity to the question's words.
+2. A few layers of the language model are trained on questions and answers, with the loss on the answers only. With all
+   twelve layers at once, the model learns late or never to look for the object that a question names.
+3. The other layers are added, at first without any effect, and all layers are trained.
 
-An interrupted run continues where it stopped: each step draws its pictures from its own number.
+An interrupted run continues where it stopped: the number of a step is the seed of its pictures.
 """
 
 import json
@@ -46,10 +46,10 @@ FIRST_LAYERS = (0, 3, 6, 9)
 PICTURES = 20  # a step; for alignment more
 ALIGNMENT_PICTURES = 64
 QUESTIONS = 12  # about a picture
-CONVERSATIONS = 0.2  # of the rows; in the others no question sees another
+CONVERSATIONS = 0.2  # share of rows that are conversations; in others no question attends to another
 KIND_WEIGHTS = (2, 1, 1, 1, 2)  # how often each of shapes.KINDS is asked
 SAMPLES = 60  # for calibration and tests
-IGNORED = -100  # label of what is not learnt
+IGNORED = -100  # label of tokens without loss
 BOS, EOS, IMAGE, PAD, UNKNOWN = "<s>", "</s>", "<image>", "<pad>", "<unk>"
 
 
@@ -140,7 +140,7 @@ def pixels(scenes: list[shapes.Scene], processor: CLIPImageProcessor) -> torch.T
 
 
 def patch_words(scene: shapes.Scene) -> list[list[float]]:
-    """For each patch in reading order, which of shapes.WORDS hold for the object whose disc holds its centre."""
+    """For each patch in reading order, which of shapes.WORDS describe the object whose disc contains its centre."""
     side, found = shapes.IMAGE_SIZE // PATCH, []
     for row in range(side):
         for column in range(side):
@@ -156,10 +156,10 @@ class Row(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # the answers; IGNORED elsewhere
     position_ids: list[int]
-    segments: list[int]  # 0 is seen by all that follows, any other only by its own
+    segments: list[int]  # all later tokens attend to segment 0; to other segments only their own tokens
 
     def add(self, tokens: list[int], position: int, segment: int, learn: bool = False) -> int:
-        """Append tokens from a position on; returns the position after them."""
+        """Append tokens with positions from `position` on; returns the position after them."""
         self.input_ids.extend(tokens)
         self.labels.extend(tokens if learn else [IGNORED] * len(tokens))
         self.position_ids.extend(range(position, position + len(tokens)))
@@ -183,10 +183,10 @@ def collate(rows: Sequence[Row], pad_token: int) -> dict[str, torch.Tensor]:
 
 
 class Conversations:
-    """Batches of questions about pictures: as conversations, or each question for itself.
+    """Batches of questions about pictures: as conversations, or each question independently.
 
-    A conversation gives away what is in the picture by what was asked before; on such rows alone a model learns to
-    guess from that and never to look for what a question names.
+    Earlier questions of a conversation reveal what is in the picture. Trained only on conversations, a model learns to
+    guess from them and never looks for the object that a question names.
     """
 
     def __init__(self, processor: LlavaProcessor, image_tokens: int):
@@ -232,11 +232,11 @@ class Conversations:
 def run(
     name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: float, save_every: int = 200, saved=None
 ) -> None:
-    """Train `modules` with `loss_of(step) -> loss` in bfloat16, from the last state in `work` on.
+    """Train `modules` with `loss_of(step) -> loss` in bfloat16, continuing from the last state in `work`.
 
     Args:
-        save_every: steps between two states.
-        saved: called with the number of steps done and the running mean of the loss, before a state is written.
+        save_every: steps between two saved states.
+        saved: called with the number of finished steps and the running mean of the loss, before a state is saved.
     """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
@@ -267,7 +267,7 @@ def run(
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write the checkpoint as llava-hf's are: bfloat16, tensors named as on the Hub."""
+    """Write the checkpoint in the format of llava-hf's: bfloat16, with the Hub's tensor names."""
     names = {
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
@@ -290,8 +290,8 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     ).save_pretrained(folder)
     processor.save_pretrained(folder)
-    # Where transformers 4 and 5 differ in what they write, what both read: the image processor's settings in a file
-    # of their own, the name that both know for a tokenizer that is all in tokenizer.json, special tokens by name.
+    # transformers 4 and 5 write different files. Keep what both read: the image processor's settings in a separate
+    # file, the class name that both know for a tokenizer that is all in tokenizer.json, special tokens by name.
     processor.image_processor.save_pretrained(folder)
     _edit(folder / "processor_config.json", lambda settings: settings.pop("image_processor", None))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": IMAGE}}
@@ -331,7 +331,7 @@ def train(work: Path = Path("training"), output: Path = CHECKPOINT, seed: int = 
     with torch.no_grad():
         model.lm_head.weight.copy_(embeddings.weight)
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
-        part.requires_grad_(False)  # what the patches show is learnt; now it must stay
+        part.requires_grad_(False)  # stage 1 has trained it; it stays fixed from here
 
     conversations = Conversations(processor, model.config.image_seq_length)
     language_model, whole = model.model.language_model, nn.ModuleDict({"model": model})
