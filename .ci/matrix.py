@@ -1,7 +1,7 @@
 """The core tests under several versions of Python, torch and transformers, as a Markdown table.
 
-Each combination has an environment of its own, deleted after its run: up to 8 GB where the registry's torch is a CUDA
-build. One that cannot be had on this machine stands in the table as such.
+Each combination has its own environment, deleted after its run: up to 8 GB if the registry's torch is a CUDA build. The
+table also names combinations that cannot be installed on this machine.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".venv-matrix"
 NEWEST = ""
-# Python, torch, transformers: both ends of each range, every Python, and what lies between for transformers.
+# Python, torch, transformers: both ends of each range, every Python, and some transformers versions between.
 COMBINATIONS = [
     ("3.10", "==2.6.0", "==4.57.6"),
     ("3.10", "==2.6.0", NEWEST),
@@ -45,7 +45,7 @@ def install(python: str, torch: str, transformers: str) -> Path:
         raise NotAvailable(f"no Python {python}")
     interpreter = ENVIRONMENT / "bin/python"
     pip = interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"
-    # torch is installed by name and first: found that way, its CPU build is taken where there is one.
+    # torch is installed first and by name, so that pip takes its CPU build if there is one.
     for requirements in ([f"torch{torch}"], [f"transformers{transformers}", "pytest", "hypothesis", "--editable", "."]):
         done = run(*pip, *requirements)
         if done.returncode:

@@ -30,8 +30,8 @@ class Replay:
         self.graph.replay()
 
     def _warm_up(self, kwargs):
-        """Run the method once before the capture, for set-up at libraries' first calls. Tensors that a pass makes for
-        its layers must be captured, so the capture uses another call, with fresh arguments."""
+        """Run the method before the capture, for set-up at libraries' first calls. Tensors that a pass makes for its
+        layers must be captured, so the capture uses another call, with fresh arguments."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

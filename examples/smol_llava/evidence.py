@@ -1,7 +1,7 @@
-"""The tables of docs/evidence.md: what ShortV does to a LLaVA on a pretrained language model.
+"""The tables of docs/evidence.md: effects of ShortV on a LLaVA with a pretrained language model.
 
-Choices are made on calibration pictures and measured on held-out ones, neither trained on. Uncertainties are standard
-errors, resampling pictures, since questions about one picture are not independent.
+Choices are made on calibration pictures and measured on held-out pictures; neither were used in training. Uncertainties
+are standard errors from resampling pictures, because questions about one picture are not independent.
 """
 
 import json
@@ -48,16 +48,16 @@ from shortv_llava.files.json_lines import read_jsonl
 from shortv_llava.files.outputs import replacing_file
 from shortv_llava.flops import lowest
 
-MANY = 40, 10  # pictures, and questions about each: samples for LC, of which one a picture chooses
-FEW = 10, 8  # likewise, where every sample is dear: blocks, text, greedy choices
-CANDIDATES = 3  # of lowest LC per operation saved, among which a greedy step looks
-NUMBERS = (6, 12, 18, 24)  # of layers frozen, beside none and all
+MANY = 40, 10  # pictures, and questions about each: samples for LC; layers are chosen on one question a picture
+FEW = 10, 8  # the same for measurements that are slow for every sample: blocks, text, greedy choices
+CANDIDATES = 3  # units of lowest LC per operation saved that a greedy step compares
+NUMBERS = (6, 12, 18, 24)  # numbers of layers frozen, besides none and all
 RATIOS = (0.85, 0.7, 0.55, 0.45)
 SEEDS = 5
 CORRECTED = 10, 4  # pictures, and questions about each: samples for LC with a correction
-FITTED_ON = 160, 20  # pictures to fit corrections on, and how many go through the layers at once
+FITTED_ON = 160, 20  # pictures to fit corrections on, and batch size
 RANK = 64
-MIXES = (0, 30), (12, 18), (20, 10)  # whole layers, and FFNs alone beside them
+MIXES = (0, 30), (12, 18), (20, 10)  # whole layers frozen, and further layers with only the FFN frozen
 TABLE7_LAYERS = 18  # of 30: the default fraction
 
 
@@ -69,11 +69,11 @@ def print_table(rows: Sequence[dict]) -> None:
 
 
 class Evidence:
-    """The model, the pictures, and what several tables need, which is kept in the folder `work`.
+    """The model, the pictures, and results that several tables need, which are cached in the folder `work`.
 
     Args:
         folder: the built checkpoint.
-        pictures, questions: held out, and about each, to measure on.
+        pictures, questions: number of held-out pictures to measure on, and of questions about each.
     """
 
     def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10):
@@ -94,14 +94,14 @@ class Evidence:
         return self.read({})
 
     def units(self, granularity: str) -> Units:
-        """Units whose operations are counted for this set's own prompts."""
+        """Units with operations counted for this data's own prompts."""
         units = Units(self.model.config, granularity)
         units.tokens = self.prompt_tokens
         return units
 
     @cached_property
     def prompt_tokens(self) -> tuple[int, int]:
-        """Text and visual tokens of a prompt, mean of some."""
+        """Mean numbers of text and visual tokens of some prompts."""
         asked = [question for _, questions in scenes.held_out(20, 9, seed="calibration") for question in questions]
         rows = [self.packer.row([question]) for question in asked]
         mean = statistics.mean(row.labels.count(IGNORED) for row in rows)
@@ -112,7 +112,7 @@ class Evidence:
         return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def keep(self, name: str, compute: Callable):
-        """A result from the folder, else computed and put there."""
+        """A result from the folder, else computed and saved there."""
         kept = json.loads(self.kept.read_text()) if self.kept.exists() else {}
         if name not in kept:
             value = compute()
@@ -123,7 +123,7 @@ class Evidence:
         return kept[name]
 
     def lc(self, name: str, meter: Meter, tokens: Tokens = "visual", granularity: Granularity = "layer"):
-        """LC scores (samples, units) of a meter's questions, kept under a name for the meter."""
+        """LC scores (samples, units) of a meter's questions, cached under `name`."""
 
         def compute() -> list[list[float]]:
             return meter.scores(self.model, [tokens], granularity)[0].tolist()
@@ -139,12 +139,12 @@ class Evidence:
         return Meter(self.packer, scenes.held_out(*FEW, seed="calibration, few"))
 
     def one_a_picture(self, turn: int = 0) -> torch.Tensor:
-        """Indices of as many of MANY's samples as pictures: one question about each."""
+        """Indices of MANY's samples with one question about each picture."""
         pictures = self.many.pictures
         return torch.tensor([(pictures == number).nonzero()[turn].item() for number in range(MANY[0])])
 
     def read(self, lists: dict[str, list[int]], frozen=None, meter: Meter | None = None) -> Reading:
-        """Answers with layers frozen, lists as in the configuration; of the tokens `frozen(batch)`, or the visual."""
+        """Answers with the configuration's lists of layers frozen, for the tokens `frozen(batch)`, by default visual."""
         self.model.set_replaced_layers(*(lists.get(name, []) for name in LAYER_LISTS))
         return (meter or self.meter).read(self.model, frozen)
 
@@ -164,7 +164,7 @@ class Evidence:
         return self.keep(f"greedy {units.granularity}s", lambda: self.greedy(units))
 
     def greedy(self, units: Units) -> list[int]:
-        """Greedily by added KL per operation saved, among the CANDIDATES of lowest LC per operation saved."""
+        """Greedy order by added KL per operation saved, among the CANDIDATES units of lowest LC per operation saved."""
         original = self.read({}, meter=self.few)
         left, order, reached = self.order("LC", units), [], 0.0
         for _ in tqdm(range(len(units)), desc=f"greedy, {units.granularity}s"):
@@ -200,7 +200,7 @@ class Evidence:
         return self.fit_on([scenes.draw(scene) for scene, _ in scenes.held_out(FITTED_ON[0], 1, seed="correction")])
 
     def fit_on(self, pictures: Sequence[Image.Image]) -> list[FitSample]:
-        """Pictures to fit on, no question about them: visual tokens see none."""
+        """Pictures to fit on, without questions: visual tokens do not attend to the question after them."""
         found = []
         for start in range(0, len(pictures), FITTED_ON[1]):
             batch = pictures[start : start + FITTED_ON[1]]
@@ -230,7 +230,7 @@ class Evidence:
     def corrected_row(
         self, lists: dict[str, list[int]], rank: int, how: str = "", fit: Callable | None = None
     ) -> dict[str, str]:
-        """As [`row`], with corrections of a rank fitted for these layers, or as `fit` does; `how` names that."""
+        """As [`row`], with corrections of rank `rank` fitted for these layers, or by `fit`, which `how` names."""
         name = f"{lists}, rank {rank}, {how} {FITTED_ON[0]} pictures, {self.size} questions"
         fit = fit or partial(self.fit, lists, rank)
 
@@ -268,7 +268,7 @@ class Evidence:
         print_table(rows)
 
     def text(self, original) -> None:
-        """Text-only prompts never trained on: this model beside the language model as it came."""
+        """Text-only prompts not used in training: this model compared with the original language model."""
         encode, rows = self.processor.tokenizer, []
         agreed, kls = [], []
         for prompt in HELD_OUT_PROMPTS:
@@ -352,7 +352,7 @@ class Evidence:
                     found = self.corrected_row(units.frozen(order[:number]), rank)
                     row = {"N": number, "layers": strategy, "rank": rank}
                     row["FLOPs ratio"] = f"{units.ratio(order[:number]):.2f}"
-                    larger = Units(ShortVLlavaConfig(), "layer", rank)  # by default of LLaVA-1.5-7B's shape
+                    larger = Units(ShortVLlavaConfig(), "layer", rank)  # the default shape is LLaVA-1.5-7B's
                     same = round(number * larger.num_layers / len(units))
                     row["7B's ratio"] = f"{larger.ratio(range(same)):.2f} ({same})"
                     rows.append(row | found)
@@ -392,7 +392,7 @@ class Evidence:
             return self.fit(lists, rank)
 
     def corrected_blocks(self, rank: int) -> None:
-        """FFNs frozen alone, beside whole layers or in place of them, plain and corrected."""
+        """FFNs frozen alone, in addition to whole layers or instead, plain and corrected."""
         rows, order = [], lowest(self.corrected_lc()[1].mean(0).tolist())
         for whole, alone in MIXES:
             for now in (0, rank):
@@ -465,7 +465,7 @@ class Evidence:
         return self.prompt_of(batch) & (batch["input_ids"] != self.model.config.image_token_id)
 
     def tokens(self) -> None:
-        """Freezing other tokens, in the layers where it costs them least."""
+        """Freezing other tokens, in the layers with their lowest LC."""
         units, rows = self.units("layer"), []
         generator = torch.Generator().manual_seed(0)
         text_tokens, visual_tokens = units.tokens
@@ -489,7 +489,7 @@ class Evidence:
         print_table(rows)
 
     def calibration(self) -> None:
-        """One sample a picture against all, and how far choices with so few agree among themselves."""
+        """Choices with one sample a picture compared with all samples, and agreement among choices with few samples."""
         units, scores, rows = self.units("layer"), self.lc("many", self.many), []
         everything = units.order_by(scores.mean(0).tolist())
         draws = [units.order_by(scores[self.one_a_picture(turn)].mean(0).tolist()) for turn in range(MANY[1])]
@@ -504,7 +504,7 @@ class Evidence:
             print(f"\n{name} samples: {order}")
 
     def ingredients(self, scales: Sequence[int]) -> None:
-        """What needs no training: the norm of the projected tokens, the richness of the pictures."""
+        """Factors that need no training: the norm of the projected tokens, the number of objects in the pictures."""
         rows, projector = [], self.model.model.multi_modal_projector.linear_2
 
         def add(name: str, meter: Meter) -> None:
@@ -527,7 +527,7 @@ class Evidence:
 
 
 def crops(folder: Path, number: int) -> list[Image.Image]:
-    """Square cut-outs of the pictures in a folder, in turns, of a quarter of their shorter side to all of it."""
+    """Square crops of the pictures in a folder, in turns, with sides from a quarter of the shorter side to all of it."""
     photographs = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
     draw, found = random.Random(0), []
     for photograph in islice(cycle(photographs), number):
@@ -538,7 +538,7 @@ def crops(folder: Path, number: int) -> list[Image.Image]:
     return found
 
 
-# Controls in place of `Regression.solve`: what less than a linear map with intercept can do.
+# Controls that replace `Regression.solve`: maps with less freedom than a linear map with intercept.
 
 
 def without_intercept(sums: Regression, rank: int, ridge: float) -> Factors:
@@ -573,7 +573,7 @@ def summary(lc: Sequence[float]) -> dict[str, str]:
 
 
 def training(log: Path) -> None:
-    """LC and accuracy along the training, from the log that it wrote."""
+    """LC and accuracy during the training, from its log."""
     rows = []
     for _, entry in read_jsonl(log):
         norms = entry["norms"]

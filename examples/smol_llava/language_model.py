@@ -7,7 +7,7 @@ import torch
 
 from shortv_llava.errors import ShortVError
 
-# SmolLM2's own conversation; pictures, which it does not know, come first in a turn as in LLaVA's.
+# SmolLM2's own chat format, with pictures first in a turn as in LLaVA's.
 CHAT_TEMPLATE = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{ content }}{%- else -%}"
@@ -35,7 +35,7 @@ def load_language_model():
     """The language model, bfloat16, and its tokenizer.
 
     Raises:
-        ShortVError: if a package that it takes is missing.
+        ShortVError: if a required package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,5 +46,5 @@ def load_language_model():
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
-    del model.config.quantization_config  # the file's; the weights are plain now
+    del model.config.quantization_config  # the file's; the loaded weights are not quantised
     return model.eval(), tokenizer

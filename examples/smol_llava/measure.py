@@ -1,4 +1,4 @@
-"""Accuracy, divergence and Layer Contribution on held-out pictures, with all questions about one in a row."""
+"""Accuracy, divergence and Layer Contribution on held-out pictures, with all questions about a picture in one row."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Asked = Sequence[tuple[scenes.Scene, Sequence[Question]]]
 
 
 class Reading(NamedTuple):
-    """What a model made of the questions, one entry a question, in the order of [`Meter.questions`]."""
+    """A model's results, one entry a question, in the order of [`Meter.questions`]."""
 
     right: torch.Tensor  # (N,), whether the greedy answer is the expected one, word for word
     logits: torch.Tensor  # (N, vocabulary), float32, of the token after the prompt
@@ -36,12 +36,12 @@ class Reading(NamedTuple):
 class Meter:
     """Reads a model's answers to questions about pictures, packed.
 
-    A greedy answer is the expected one if each of its tokens is the likeliest after those before; so one pass over
-    prompt and expected answer decides.
+    A greedy answer is the expected one if each token of the expected answer is the likeliest after those before, so one
+    pass over prompt and expected answer is enough.
 
     Attributes:
         questions: all questions.
-        pictures (N,): number of the picture that each is about.
+        pictures (N,): index of each question's picture.
     """
 
     def __init__(self, packer: Packer, asked: Asked, rows: int = 4):
@@ -59,7 +59,7 @@ class Meter:
         """Answers of a model, plain or with frozen layers.
 
         Args:
-            frozen: the tokens (B, S) of a batch to freeze in place of the visual ones.
+            frozen: returns the tokens (B, S) of a batch to freeze instead of the visual tokens.
         """
         right, logits = [], []
         for batch, lengths in self.batches:
@@ -89,7 +89,7 @@ class Meter:
         return torch.cat(found, dim=1)
 
     def accuracy(self, right: torch.Tensor) -> dict[str, float]:
-        """Percent right of each kind of question and, as `all`, of all."""
+        """Percent correct for each kind of question, and for all questions as `all`."""
         kinds = list(dict.fromkeys(question.kind for question in self.questions))
         kinds.sort(key=lambda kind: scenes.KINDS.index(kind) if kind in scenes.KINDS else len(kinds))
         found = {}
@@ -108,7 +108,7 @@ class Meter:
 
 
 def samples_of(asked: Asked) -> list[Sample]:
-    """The questions as calibration takes them."""
+    """The questions as calibration samples."""
     flat = [(scene, question) for scene, questions in asked for question in questions]
     return [Sample(str(i), scenes.draw(scene), q.text, q.answer) for i, (scene, q) in enumerate(flat)]
 

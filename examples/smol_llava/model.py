@@ -1,4 +1,4 @@
-"""A LLaVA-1.5 on a pretrained language model: how it is put together, what is trained, and the finished folder."""
+"""A LLaVA-1.5 on a pretrained language model: its construction, its trained parts, and the finished folder."""
 
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def make_processor(tokenizer) -> LlavaProcessor:
 def make_llava(language_model, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """LLaVA with this language model, in its dtype, and a vision tower and projector from scratch, float32.
 
-    The head is a copy of the word embeddings, no tie: LLaVA's checkpoints have both. The vocabulary is filled up to a
-    multiple of 64.
+    The head is a copy of the word embeddings, not tied to them: LLaVA's checkpoints have both tensors. The vocabulary
+    is padded to a multiple of 64.
     """
     language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     language_model.config.tie_word_embeddings = False
@@ -82,7 +82,7 @@ def make_llava(language_model, processor: LlavaProcessor) -> LlavaForConditional
         text_config=language_model.config,
         image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=VISUAL_TOKENS,
-        vision_feature_layer=-1,  # no layer of so small a tower is left unused
+        vision_feature_layer=-1,  # the tower is small, so all its layers are used
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
@@ -108,7 +108,7 @@ def attach_adapters(model: LlavaForConditionalGeneration) -> nn.ModuleDict:
 
 
 def detach_adapters(model: LlavaForConditionalGeneration, adapters: nn.ModuleDict, merge: bool) -> None:
-    """Take the adapters off, after putting their updates into the weights if `merge`."""
+    """Remove the adapters; with `merge`, first add their updates to the weights."""
     for name, adapter in adapters.items():
         linear = model.model.language_model.get_submodule(name.replace("/", "."))
         if merge:
@@ -117,13 +117,13 @@ def detach_adapters(model: LlavaForConditionalGeneration, adapters: nn.ModuleDic
 
 
 def trained_parts(model: LlavaForConditionalGeneration, adapters: nn.ModuleDict | None = None) -> nn.ModuleDict:
-    """All that is trained, in stage 2 with adapters."""
+    """All trained modules; in stage 2 with adapters."""
     parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector}
     return nn.ModuleDict(parts if adapters is None else parts | {"adapters": adapters})
 
 
 def save_trained(parts: nn.ModuleDict, folder: Path) -> None:
-    """Write what is trained, bfloat16."""
+    """Write the trained tensors, in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.to(torch.bfloat16).contiguous()
@@ -135,10 +135,10 @@ def save_trained(parts: nn.ModuleDict, folder: Path) -> None:
 
 
 def build(output: Path, language_model, tokenizer, trained: Path = TRAINED) -> None:
-    """Assemble the checkpoint folder, laid out as llava-hf's, from the language model and what was trained.
+    """Assemble the checkpoint folder, with llava-hf's layout, from the language model and the trained tensors.
 
     Raises:
-        ShortVError: if what was trained is not there, or not all of it.
+        ShortVError: if trained tensors are missing.
     """
     weights = trained / "trained.safetensors"
     if not weights.is_file():

@@ -1,6 +1,6 @@
-"""Questions about one picture packed into one row, in which they share the prompt's beginning and see no other.
+"""Pack questions about one picture into one row. They share the prompt's prefix and do not attend to each other.
 
-So a picture goes through the language model once for all questions about it, in training and in measuring.
+So the language model computes a picture once for all questions about it, in training and in measurements.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.model import VISUAL_TOKENS
 from shortv_llava.modeling_shortv_llava import FrozenTokens
 
-UNFINISHED = "unfinished"  # kind of question whose answer is only the beginning of one: its end is not learnt
+UNFINISHED = "unfinished"  # kind of question with a truncated answer: its end gets no loss
 
 
 class Packer:
-    """Makes rows of conversations in the chat template's words, and batches of rows."""
+    """Makes rows of conversations in the chat template's format, and batches of rows."""
 
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -35,7 +35,7 @@ class Packer:
         assert self.next_turn.startswith(self.end)
 
     def row(self, questions: Sequence[Question], picture: bool = True, conversation: bool = False) -> Row:
-        """Questions and answers about one picture, or without one, each for itself or as one `conversation`."""
+        """Questions and answers with one picture or none, independent of each other or as one `conversation`."""
         row = Row([], [], [], [])
         start = row.add(self.encode(self.opening), 0, 0)
         if picture:
@@ -50,7 +50,7 @@ class Packer:
         return row
 
     def answer(self, question: Question) -> str:
-        """As it is learnt. One about a picture begins with a space, like the words that its tokens are aligned with."""
+        """The answer to learn. With a picture it begins with a space, like the words that visual tokens are aligned to."""
         space = " " if question.kind in (*scenes.KINDS, "caption") else ""
         return space + question.answer + (self.end if question.kind != UNFINISHED else "")
 
@@ -58,7 +58,7 @@ class Packer:
         """Model inputs and labels.
 
         Args:
-            pictures: of the rows that have one, in their order.
+            pictures: pictures of the rows that have one, in the order of the rows.
 
         Returns:
             `input_ids`, `labels` and `position_ids` (B, S), `attention_mask` (B, 1, S, S), boolean, and `pixel_values`.
@@ -81,7 +81,7 @@ def answer_states(
     """Final states (N, h) of the positions that predict a label, in the order of rows, and the labels (N,).
 
     Args:
-        frozen: the tokens (B, S) that a ShortV model's replaced layers freeze in place of the visual ones.
+        frozen: tokens (B, S) that a ShortV model's replaced layers freeze instead of the visual tokens.
     """
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     if frozen is not None:

@@ -1,5 +1,5 @@
-"""Text-only prompts: the first list's answers, by the language model itself, are mixed into training; the second's
-measure whether it stayed a language model."""
+"""Text-only prompts. The language model's own answers to the first list are mixed into training; the second list
+measures whether it is still a language model."""
 
 TRAINING_PROMPTS = (
     "What is the capital of Italy?",

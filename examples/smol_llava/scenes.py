@@ -1,8 +1,8 @@
 """Pictures of coloured shapes with size, pattern and place, with questions in named kinds, captions and conversations.
 
-Richer than the embedded checkpoint's `shapes_llava.shapes`, whose outlines and colours it uses: up to six objects on a
-4 x 4 grid, each with four attributes, referred to by any attributes that tell them apart. All is drawn from the
-`random.Random` passed in, so a seed names a picture and its questions.
+The pictures are richer than those of the embedded checkpoint's `shapes_llava.shapes`, with the same outlines and
+colours: up to six objects on a 4 x 4 grid, each with four attributes. Questions refer to objects by any attributes that
+identify them. All random choices use the given `random.Random`, so a seed determines a picture and its questions.
 """
 
 import random
@@ -57,7 +57,7 @@ class Thing(ColoredShape):
 
     @property
     def words(self) -> list[str]:
-        """All that can be said of it: its attributes and its quadrant."""
+        """All words that describe it: its attributes and its quadrant."""
         return [*(getattr(self, attribute) for attribute in VALUES), *self.quadrant.split()]
 
 
@@ -72,9 +72,9 @@ class Scene:
 
 
 def make_scene(rng: random.Random, objects: int | None = None) -> Scene:
-    """Draw a scene of so many objects, else one to six.
+    """Draw a scene with `objects` objects, by default one to six.
 
-    Colours and shapes come from a pool of three each, so that objects share them; no two share both.
+    Colours and shapes come from a pool of three each, so that objects share one of them; no two objects share both.
     """
     colors, shapes = rng.sample(VALUES["color"], 3), rng.sample(SHAPES, 3)
     pairs = [(color, shape) for color in colors for shape in shapes]
@@ -111,7 +111,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def phrase(wanted: dict[str, str], many: bool = False) -> str:
-    """`small dotted red circle(s)` of attributes' values, in that order; `object(s)` where the shape is left out."""
+    """A phrase such as `small dotted red circle(s)` of the values, in that order; `object(s)` without a shape."""
     noun = wanted.get("shape", "object")
     adjectives = [wanted[name] for name in ("size", "pattern", "color") if name in wanted]
     return " ".join([*adjectives, plural(noun) if many else noun])
@@ -122,7 +122,7 @@ def _values(item: Thing, attributes: Sequence[str]) -> dict[str, str]:
 
 
 def _reference(scene: Scene, item: Thing, rng: random.Random, without: str = "") -> str | None:
-    """A phrase for this object alone, by as few attributes as it takes, or None where there is none."""
+    """A phrase that identifies this object with as few attributes as possible, or None if there is none."""
     attributes = [name for name in VALUES if name != without]
     for number in range(1, len(attributes) + 1):
         unique = [chosen for chosen in combinations(attributes, number) if scene.count(_values(item, chosen)) == 1]
@@ -132,13 +132,13 @@ def _reference(scene: Scene, item: Thing, rng: random.Random, without: str = "")
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Question:
-    """Half of what is absent differs from something present in one attribute."""
+    """A question about existence. Half of the absent objects differ from a present one in a single attribute."""
     wanted = _values(rng.choice(scene.objects), rng.sample(list(VALUES), rng.randint(1, 3)))
     if rng.random() < 0.5:
         while scene.count(wanted):
             names = [rng.choice(list(wanted))] if rng.random() < 0.5 else list(wanted)
             wanted |= {name: rng.choice(VALUES[name]) for name in names}
-            if rng.random() < 0.1:  # both sizes may be there, and both patterns
+            if rng.random() < 0.1:  # a question without attributes that may both occur
                 wanted = {name: rng.choice(VALUES[name]) for name in ("color", "shape")}
     name = phrase(wanted)
     return Question("existence", f"Is there {article(name)} {name}?", "yes" if scene.count(wanted) else "no")
@@ -226,10 +226,10 @@ def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]
 def held_out(
     pictures: int, questions: int, seed: str = "held-out", objects: int | None = None
 ) -> list[tuple[Scene, list[Question]]]:
-    """Pictures with so many short-answer questions about each. Training draws from other seeds.
+    """Pictures with `questions` short-answer questions about each. Training draws from other seeds.
 
     Args:
-        objects: in every picture; one to six if not given.
+        objects: number of objects in every picture; by default one to six.
     """
     found = []
     for index in range(pictures):

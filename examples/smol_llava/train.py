@@ -1,14 +1,14 @@
 """Train the LLaVA: tower and projector aligned with the word embeddings, then LoRA on the language model.
 
-1. Stage 1, alignment, without the language model: the projected token of a patch is to be the sum of the word
-   embeddings for what the patch shows, with about a word's norm. From then on tower and projector stay.
-2. Stage 2: LoRA on the language model, by its answers' loss, first on pictures of one object, then of more and more,
-   and with text-only turns that the model itself answered before, so that it stays a language model.
+1. Stage 1, alignment, without the language model: the target of a patch's projected token is the sum of the word
+   embeddings for what the patch shows, with about a word's norm. Afterwards tower and projector are fixed.
+2. Stage 2: LoRA on the language model, by the loss on answers, first on pictures of one object, then of more and more.
+   Text-only turns with the original model's own answers are mixed in, so that it stays a language model.
 
-Beside it, for what makes visual layers redundant: `frozen` trains tower and projector on, through the frozen language
-model, for a short and a longer time; `scaled` does so with projected tokens of several times the norm. An interrupted
-run continues where it stopped: each step draws its pictures from its own number. At milestones Layer Contribution and
-accuracy are measured and written to a log.
+Further runs examine what makes visual layers redundant: `frozen` continues to train tower and projector through the
+frozen language model, for a short and a longer time; `scaled` does the same with projected tokens of several times the
+norm. An interrupted run continues where it stopped: the number of a step is the seed of its pictures. At milestones
+Layer Contribution and accuracy are measured and written to a log.
 """
 
 import json
@@ -44,12 +44,12 @@ STAGE2 = {"steps": 500, "lr": 1e-3, "pictures": 3}
 ALONE, MORE = 80, 30  # steps of stage 2 with one object a picture; and steps before one more is allowed
 FROZEN = {"steps": 50, "lr": 4e-4, "pictures": 3}
 LONGER = {"steps": 80, "lr": 4e-4, "pictures": 2}
-SCALE = 8  # of the projected tokens' norm, in the run that scales them
-MILESTONES = 100  # steps of stage 2 between two
+SCALE = 8  # factor of the projected tokens' norm in the run `scaled`
+MILESTONES = 100  # steps of stage 2 between two milestones
 SAVE_EVERY = 10
 QUESTIONS = 12  # about each picture
-CONVERSATIONS = 0.15  # of the rows; in the others no question sees another
-CAPTIONS = 0.3  # of the rows have one
+CONVERSATIONS = 0.15  # share of rows that are conversations; in others no question attends to another
+CAPTIONS = 0.3  # share of rows with a caption
 TEXTS = 3  # prompts without a picture, in every fourth step of stage 2
 ANSWER_TOKENS = 64
 LC_SAMPLES = 12  # at milestones
@@ -58,17 +58,17 @@ NOTHING = "background"
 
 
 def patch_targets(scene: scenes.Scene, embeddings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What projected tokens are to be, (patches, h), and which show an object, (patches,).
+    """Targets of the projected tokens, (patches, h), and which patches show an object, (patches,).
 
     Args:
-        embeddings: of a word, (h,).
+        embeddings: embedding by word, (h,).
     """
     objects = {item.cell: item for item in scene.objects}
     targets = []
     for cell in range(scenes.GRID**2):
         item = objects.get(cell)
         words = item.words if item else (NOTHING, *scenes.quadrant(cell).split())
-        # Nearly orthogonal vectors: divided so, the sum has about the norm of one.
+        # The embeddings are nearly orthogonal, so the sum divided by the root has about the norm of one embedding.
         targets.append(sum(embeddings[word] for word in words) / len(words) ** 0.5)
     shown = torch.tensor([cell in objects for cell in range(scenes.GRID**2)])
     times = scenes.CELL // PATCH
@@ -81,7 +81,7 @@ def patch_targets(scene: scenes.Scene, embeddings: dict[str, torch.Tensor]) -> t
 
 
 class Training:
-    """The model and all runs on it, with their states in the folder `work`."""
+    """The model and all training runs, with their states in the folder `work`."""
 
     def __init__(self, work: Path, language_model, tokenizer):
         self.work, self.log = work, work / "training.jsonl"
@@ -100,7 +100,7 @@ class Training:
 
     @torch.no_grad()
     def own_answers(self, language_model) -> list[Question]:
-        """The language model's answers to the text-only prompts, or their beginnings; kept in the folder."""
+        """The language model's answers to the text-only prompts, truncated if long; cached in the folder."""
         kept = self.work / "answers.json"
         if kept.exists():
             return [Question(*entry) for entry in json.loads(kept.read_text())]
@@ -121,7 +121,7 @@ class Training:
         return texts
 
     def run_all(self, output: Path) -> None:
-        """Train what ships, write it and the log to `output`, then make the runs for comparison."""
+        """Train the published weights, write them and the log to `output`, then make the runs for comparison."""
         self.align()
         self.milestone("alignment", ALIGNMENT["steps"], None)
         self.stage_2(output)
@@ -135,7 +135,7 @@ class Training:
         shutil.copyfile(self.log, output / self.log.name)
 
     def restore(self, name: str) -> None:
-        """Go back to the end of a run of tower and projector."""
+        """Restore the state at the end of a run of tower and projector."""
         self.parts.load_state_dict(torch.load(self.work / f"{name}.pt", weights_only=True)["modules"])
 
     def align(self) -> None:
@@ -158,7 +158,7 @@ class Training:
         run("alignment", self.parts, loss_of, self.work, ALIGNMENT["steps"], ALIGNMENT["lr"])
 
     def through_language_model(self, name: str, steps: int, lr: float, pictures: int) -> None:
-        """Tower and projector, by the loss of the language model as it is."""
+        """Train tower and projector by the loss of the unchanged language model."""
 
         def saved(step: int, loss: float) -> None:
             if step == steps:
@@ -204,7 +204,7 @@ class Training:
         return nn.functional.cross_entropy(self.model.lm_head(states).float(), labels)
 
     def milestone(self, name: str, step: int, loss: float | None) -> None:
-        """Measure and write a line of the log, unless it is there."""
+        """Measure and write a line of the log, unless it is already written."""
         if any((entry["run"], entry["step"]) == (name, step) for _, entry in read_record(self.log)):
             return
         entry = {
