@@ -75,7 +75,7 @@ def fuse_norms(model) -> None:
 
 
 def make_processor(model):
-    """A processor for a model of [`make_pair`], with the embedded checkpoint's tokenizer; sets the model's image token."""
+    """A processor for a model of [`make_pair`], with the embedded checkpoint's tokenizer. Sets its image token."""
     processor, side = load_processor(CHECKPOINT), model.config.vision_config.image_size
     processor.patch_size = PATCH
     processor.image_processor.size = {"shortest_edge": side}

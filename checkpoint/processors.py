@@ -176,7 +176,7 @@ def problem_of(processor) -> str | None:
     ids = process_probe(processor)["input_ids"][0].tolist()
     start = tokenizer.bos_token_id
     if start is not None and start not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # each turn may begin with a start token
+        number = next((place for place, token in enumerate(ids) if token != start), len(ids))  # turns may each have one
         if number > 1 or (number == 0 and tokenizer("a")["input_ids"][:1] == [start]):
             return f"its prompt starts with {number} beginning-of-sequence tokens"
     return None

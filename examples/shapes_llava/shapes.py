@@ -147,7 +147,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
         if rng.random() < 0.5:
             name = _name(item, about)
         else:
-            pairs = [(a.color, b.shape) for a in scene.objects for b in scene.objects]  # both present, in different objects
+            pairs = [(a.color, b.shape) for a in scene.objects for b in scene.objects]  # both present, not in one
             if about != "both" or rng.random() < 0.5:
                 pairs = [(color, shape) for color in COLORS for shape in SHAPES]
             names = [_name(ColoredShape(color, shape, 0, (0, 0), 0), about) for color, shape in pairs]

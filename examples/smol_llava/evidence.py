@@ -144,7 +144,7 @@ class Evidence:
         return torch.tensor([(pictures == number).nonzero()[turn].item() for number in range(MANY[0])])
 
     def read(self, lists: dict[str, list[int]], frozen=None, meter: Meter | None = None) -> Reading:
-        """Answers with the configuration's lists of layers frozen, for the tokens `frozen(batch)`, by default visual."""
+        """Answers with the configuration's lists of layers frozen, for tokens `frozen(batch)`, by default visual."""
         self.model.set_replaced_layers(*(lists.get(name, []) for name in LAYER_LISTS))
         return (meter or self.meter).read(self.model, frozen)
 
@@ -527,7 +527,7 @@ class Evidence:
 
 
 def crops(folder: Path, number: int) -> list[Image.Image]:
-    """Square crops of the pictures in a folder, in turns, with sides from a quarter of the shorter side to all of it."""
+    """Square crops of the pictures in a folder, in turns; sides are a quarter of the shorter side to all of it."""
     photographs = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
     draw, found = random.Random(0), []
     for photograph in islice(cycle(photographs), number):

@@ -50,7 +50,7 @@ class Packer:
         return row
 
     def answer(self, question: Question) -> str:
-        """The answer to learn. With a picture it begins with a space, like the words that visual tokens are aligned to."""
+        """The answer to learn. With a picture it begins with a space, like the words of the alignment."""
         space = " " if question.kind in (*scenes.KINDS, "caption") else ""
         return space + question.answer + (self.end if question.kind != UNFINISHED else "")
 

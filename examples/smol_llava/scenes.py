@@ -138,7 +138,7 @@ def ask_existence(scene: Scene, rng: random.Random) -> Question:
         while scene.count(wanted):
             names = [rng.choice(list(wanted))] if rng.random() < 0.5 else list(wanted)
             wanted |= {name: rng.choice(VALUES[name]) for name in names}
-            if rng.random() < 0.1:  # a question without attributes that may both occur
+            if rng.random() < 0.1:  # only colour and shape, for any size and pattern
                 wanted = {name: rng.choice(VALUES[name]) for name in ("color", "shape")}
     name = phrase(wanted)
     return Question("existence", f"Is there {article(name)} {name}?", "yes" if scene.count(wanted) else "no")
