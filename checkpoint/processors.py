@@ -53,7 +53,7 @@ IMAGE_PROCESSORS_OF_TILES = {
     "llava_next_video": "LlavaNextImageProcessor",
     "llava_onevision": "LlavaOnevisionImageProcessor",
 }
-PADDED_FAMILIES = ("llava", "vipllava")  # LLaVA-1.5 and its kin; later ones cut pictures into tiles
+PADDED_FAMILIES = ("llava", "vipllava")  # LLaVA-1.5 and VipLLaVA; later families cut pictures into tiles
 PROBE = "Is this \"a\" {test} of ['type': 1]\n& nothing else?"
 
 

@@ -71,7 +71,7 @@ def model_name(base: str) -> str:
 
 
 def fetch_checkpoint(base: str, weights: bool = True) -> Path:
-    """The local folder of a checkpoint in either layout, unchanged; without `weights` these are not downloaded.
+    """The local folder of a checkpoint in either layout, unchanged; weights are downloaded only with `weights`.
 
     Raises:
         ShortVError: if there is no such folder, or the download fails.

@@ -27,7 +27,7 @@ HEADLINES = {
     "multiple_choice": ("circular_accuracy", "accuracy"),
     "cider": ("cider",),
 }
-SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module gives points and percent by itself
+SCALES = dict.fromkeys(HEADLINES, 100.0) | {"mme": 1.0}  # MME's module returns points and percent already
 
 TERMS = {"mme": "tasks", "pope": "categories"}  # detail that groups questions into the headline's ratios
 

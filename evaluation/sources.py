@@ -112,7 +112,7 @@ def _places(repository: str) -> list[str]:
 def _reach(repository: str) -> None:
     """Ask the Hub for a data set once; the datasets library would retry for half a minute.
 
-    Folders need no Hub. With HF_HUB_OFFLINE set, the data set must have been downloaded before.
+    The Hub is not asked for folders, or if HF_HUB_OFFLINE is set; the data set must then be in the cache.
 
     Raises:
         ShortVError: if the Hub does not answer or has no such data set.

@@ -27,7 +27,7 @@ class Score(NamedTuple):
         base_score, base_interval: the base model's, with the same code; None if it was not evaluated.
         percent_of_base, percent_interval: `score` in percent of `base_score`.
         date: ISO 8601.
-        note: how the model was loaded, if not with the package's own settings.
+        note: how the model was loaded and by which harness it was evaluated, if other than by default.
     """
 
     data: str

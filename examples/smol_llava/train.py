@@ -121,7 +121,7 @@ class Training:
         return texts
 
     def run_all(self, output: Path) -> None:
-        """Train the published weights, write them and the log to `output`, then make the runs for comparison."""
+        """Train the shipped weights, write them and the log to `output`, then make the runs for comparison."""
         self.align()
         self.milestone("alignment", ALIGNMENT["steps"], None)
         self.stage_2(output)
