@@ -1,4 +1,6 @@
 PYTHON ?= python3.11
+# Contiguous parts of the tests for each process, so that few fixtures are made twice; one that is done takes from others.
+SHARED = -n auto --dist worksteal
 
 .PHONY: demo test test-oldest test-slow test-lmms-eval test-vllm matrix clean
 
@@ -6,15 +8,15 @@ demo: .venv/installed
 	.venv/bin/shortv demo
 
 test: .venv/torchao
-	.venv/bin/python -m pytest -n auto -m "not slow"
+	.venv/bin/python -m pytest $(SHARED) -m "not slow"
 	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-oldest: .venv-oldest/torchao
-	.venv-oldest/bin/python -m pytest -n auto -m "not slow"
+	.venv-oldest/bin/python -m pytest $(SHARED) -m "not slow"
 	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-slow: .venv/torchao
-	.venv/bin/python -m pytest -n auto -m slow
+	.venv/bin/python -m pytest $(SHARED) -m slow
 
 test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py

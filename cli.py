@@ -19,10 +19,10 @@ from shortv_llava.chat.command import ChatOptions
 from shortv_llava.checkpoint import command as packaging
 from shortv_llava.checkpoint.command import PackageOptions
 from shortv_llava.commands import Output, loading, takes
+from shortv_llava.distributed import leave_processes
 from shortv_llava.evaluation.options import EvaluationOptions
 from shortv_llava.hub import command as publishing
 from shortv_llava.hub.command import PushOptions
-from shortv_llava.processes import leave_processes
 
 # Without Rich's tables, which cut names and texts at 80 columns.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)

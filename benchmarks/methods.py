@@ -54,11 +54,12 @@ class Methods:
         """Every method that can reach this ratio, each with as little dropped or frozen as that needs."""
         fastv = self.first(ratio, (self.fastv(kept) for kept in reversed(range(self.tokens.visual))))
         less = fastv and Dropping(FASTV_LAYER, fastv.share / 2)
-        for dropping, name in ((None, ""), (less, " + FastV")):
-            if name and dropping is None:
-                continue
-            for order, corrects in ((self.order, False), (self.corrected_order, True)):
-                yield from self.shortv(f"ShortV{', corrected' * corrects}{name}", ratio, [order], dropping, corrects)
+        orders = [("ShortV", self.order, False)]
+        if self.config.corrected_layers:
+            orders.append(("ShortV, corrected", self.corrected_order, True))
+        for dropping in (None, less) if less else (None,):
+            for name, order, corrects in orders:
+                yield from self.shortv(name + " + FastV" * (dropping is not None), ratio, [order], dropping, corrects)
         for name, dropping in (("FastV", fastv), ("VTW", self.vtw(ratio))):
             if dropping:
                 variant = Variant(name, self.units.frozen([]), dropping)
@@ -86,9 +87,10 @@ class Methods:
         for number in range(1, len(orders[0]) + 1):
             found = self.flops_ratio(orders[0][:number], dropping, corrects)
             if found <= ratio:
+                file_name = name.lower().replace(", ", "-").replace(" ", "")
                 variants = [
-                    Variant(f"{name} {draw}".strip(), self.units.frozen(order[:number]), dropping, corrects)
-                    for draw, order in zip(range(len(orders)) if len(orders) > 1 else [""], orders)
+                    Variant(f"{file_name}-{draw}", self.units.frozen(order[:number]), dropping, corrects)
+                    for draw, order in enumerate(orders)
                 ]
                 detail = f"{number} layers" + (f", {described(dropping)}" if dropping else "")
                 yield Method(name, detail, variants, found)

@@ -6,6 +6,7 @@ Tokens = Literal["visual", "text", "all"]
 Direction = Literal["release", "paper"]
 Granularity = Literal["layer", "block"]
 Strategy = Literal["lc", "corrected-lc", "greedy", "cosine", "random"]
+AROUND = 2  # numbers of layers whose cost is shown, below the chosen one and above
 
 
 def __getattr__(name: str):

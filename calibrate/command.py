@@ -184,7 +184,7 @@ def run(options: CalibrationOptions) -> None:
     from shortv_llava.checkpoint.loading import load_model
     from shortv_llava.checkpoint.processors import load_processor, pads
     from shortv_llava.checkpoint.source import find_checkpoint, model_name
-    from shortv_llava.processes import own_device
+    from shortv_llava.distributed import own_device
 
     folder = find_checkpoint(options.base, options.vision_tower, options.base_weights)
     entries = read_config(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from shortv_llava.calibrate import AROUND
 from shortv_llava.calibrate.cost import Cost
 from shortv_llava.checkpoint.config import LAYER_LISTS
 from shortv_llava.files.figures import FLOPS_AXIS, as_percent, log_with_zero, new_figure, save_figure
@@ -56,7 +57,7 @@ def unsettled(shares: Sequence[float]) -> list[int]:
     return [unit for unit, share in enumerate(shares) if 0.05 < share < 0.95]
 
 
-def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int = 2) -> Table:
+def cost_table(granularity: str, curve: Sequence[dict], chosen: int) -> Table:
     """Measured cost for numbers of frozen units near the chosen one.
 
     Args:
@@ -75,7 +76,7 @@ def cost_table(granularity: str, curve: Sequence[dict], chosen: int, around: int
     for column in ["frozen", "FLOPs", kl, "top-1", "NLL"] + [f"corrected {kl}", "top-1"] * corrected:
         table.add_column(column, justify="right")
     table.caption = "top-1: the same next token; NLL: change of the answer's, nats a token"
-    for index in range(max(0, chosen - around), min(len(curve), chosen + around + 1)):
+    for index in range(max(0, chosen - AROUND), min(len(curve), chosen + AROUND + 1)):
         entry = curve[index]
         cells = _cells(entry["cost"])
         if "corrected_cost" in entry:

@@ -32,9 +32,9 @@ from shortv_llava.calibrate.samples import Sample, make_inputs
 from shortv_llava.calibrate.selection import Choice, Units, bootstrap
 from shortv_llava.checkpoint.config import LAYER_LISTS
 from shortv_llava.checkpoint.package import check_output, write_package
+from shortv_llava.distributed import shared
 from shortv_llava.errors import ShortVError
 from shortv_llava.files.outputs import JOURNAL, only_one
-from shortv_llava.processes import shared
 
 logger = logging.getLogger(__name__)
 

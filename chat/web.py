@@ -17,19 +17,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from shortv_llava.chat.images import open_image
 from shortv_llava.chat.prompts import chat_system
 from shortv_llava.errors import ShortVError
-from shortv_llava.flops import flops_ratio
+from shortv_llava.flops import flops_ratio, replacement_order
 
 SHORTV, DENSE = "ShortV", "Dense model"
 Chats = dict[str, list[dict]]  # each side's conversation in chat templates' format, text last
-
-
-def replacement_order(config) -> list[int]:
-    """Layers in the order in which the slider replaces them: the model's own, then the others by LC, if scored."""
-    order = list(config.replaced_layers)
-    if config.lc_scores:
-        others = set(range(config.text_config.num_hidden_layers)) - set(order)
-        order += sorted(others, key=lambda layer: (config.lc_scores[layer], -layer))
-    return order
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from shortv_llava.checkpoint.config import LAYER_LISTS, MODEL_TYPES, class_of, o
 from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.checkpoint.published import parse_layers
 from shortv_llava.checkpoint.source import find_checkpoint
+from shortv_llava.distributed import own_device
 from shortv_llava.errors import ShortVError
-from shortv_llava.processes import own_device
 
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 

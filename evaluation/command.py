@@ -8,6 +8,7 @@ from pathlib import Path
 from shortv_llava.checkpoint.config import config_object, read_config
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.checkpoint.processors import pads
+from shortv_llava.checkpoint.source import model_name
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import parse_methods
 from shortv_llava.evaluation.options import EvaluationOptions
@@ -65,13 +66,14 @@ def _run_questions(options: EvaluationOptions) -> None:
         **({"vicuna_system": task.vicuna_system} if task else {}),
     )
     with _alone(output):
-        results = evaluate(answerer, questions, variants, output, options.model_id(), metric, subset, **scoring)
+        results = evaluate(answerer, questions, variants, output, model_name(options.model), metric, subset, **scoring)
     if not _is_main_process():
         return
 
     name = options.task or options.questions.stem
     figure = headline_name(metric, results[0].scores, subset) if metric else None
-    about = {"model": options.model_id(), "data": name, "metric": metric, "score": figure, "questions": len(questions)}
+    model = model_name(options.model)
+    about = {"model": model, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
     note = task.hub_note if task and options.data is None else None
     report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
     report.tell(results, f"{name}, {len(questions)} question{'s' * (len(questions) != 1)}", figure, note)
@@ -95,7 +97,7 @@ def _run_lmms_tasks(options: EvaluationOptions) -> None:
     variants = lmms_tasks.choose_variants(model.model.config, options.compare)
     harness = f"lmms-eval {metadata.version('lmms_eval')}"
     settings = {
-        "model": options.model_id(),
+        "model": model_name(options.model),
         "harness": harness,
         "limit": options.limit,
         "seed": options.seed,
@@ -110,7 +112,7 @@ def _run_lmms_tasks(options: EvaluationOptions) -> None:
     if not _is_main_process():
         return
     report.write_task_results(options.output / "results.json", found, **settings)
-    report.tell_tasks(found, f"{options.model_id()}, {harness}")
+    report.tell_tasks(found, f"{model_name(options.model)}, {harness}")
     if options.card is not None:
         note = ", ".join(filter(None, (harness, options.loaded_in())))
         scores = [

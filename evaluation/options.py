@@ -204,10 +204,6 @@ class EvaluationOptions:
         given = {name: getattr(self, name) for name in names}
         return given | {"image_aspect_ratio": self.image_aspect_ratio or image_aspect_ratio}
 
-    def model_id(self) -> str:
-        """The model's name in results: the folder's name, or the Hub id."""
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
-
     def loaded_in(self) -> str | None:
         """How the weights were quantised on loading, in words."""
         return next((f"loaded in {bits} bit" for bits in (4, 8) if getattr(self, f"load_in_{bits}bit")), None)

@@ -17,6 +17,7 @@ from shortv_llava.benchmarks.measure import seconds
 from shortv_llava.calibrate.contribution import dense, divergence, without_corrections
 from shortv_llava.calibrate.selection import Units
 from shortv_llava.checkpoint.config import LAYER_LISTS
+from shortv_llava.distributed import shared
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
 from shortv_llava.evaluation.answers import AnswersFile
@@ -27,7 +28,6 @@ from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
 from shortv_llava.files.json_lines import add_to_record, read_record
 from shortv_llava.flops import flops_ratio, image_tokens, replacement_order
-from shortv_llava.processes import shared
 
 DENSE, OWN = "dense", "shortv"
 PREFILLS = 5  # timed prefills of each variant, after one for warm-up

@@ -8,15 +8,12 @@ import inspect
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import Question
-
-METRICS = Path(__file__).parent / "metrics"
 
 # The headline figure, which papers compare: the first of these that a metric gives.
 HEADLINES = {
@@ -266,7 +263,7 @@ def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], 
         (questions, 2, terms): numerator and denominator of each term; the headline is the sum of the terms.
     """
     if metric == "cider":
-        values = _cider_values(questions, answers, **kwargs)
+        values = functions("cider").picture_scores(answers, [question.reference for question in questions], **kwargs)
         return np.stack([[100 * value, 1.0] for value in values])[..., None]
     units: dict[Any, list[int]] = {}  # questions that are scored together
     for number, question in enumerate(questions):
@@ -287,23 +284,3 @@ def _shares(metric: str, questions: Sequence[Question], answers: Sequence[str], 
             part, whole = headline(metric, result), 1.0
         shares[numbers[0], :, terms.index(term_of[numbers[0]])] = SCALES[metric] * part, whole
     return shares
-
-
-def _cider_values(questions: Sequence[Question], answers: Sequence[str], tokenizer: str | None = None) -> list[float]:
-    """CIDEr of each picture's caption, 0 to 10, with the document frequencies of all pictures."""
-    module = functions("cider")
-    official = tokenizer == "ptb" or (tokenizer is None and module.has_ptb())
-    tokenize = module.tokenize_ptb if official else lambda captions: map(module.tokenize, captions)
-    captions = [*answers, *(caption for question in questions for caption in question.reference)]
-    grams = iter(map(module.ngrams, tokenize(captions)))
-    ours = [next(grams) for _ in questions]
-    theirs = [[next(grams) for _ in question.reference] for question in questions]
-    present = module.Counter(gram for group in theirs for gram in set().union(*group))
-
-    def idf(gram):
-        return module.math.log(len(theirs) / max(present[gram], 1))
-
-    return [
-        10 * sum(module.similarity(caption, reference, idf) for reference in group) / len(group)
-        for caption, group in zip(ours, theirs)
-    ]

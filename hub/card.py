@@ -15,6 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from shortv_llava.calibrate import AROUND
 from shortv_llava.checkpoint.config import LAYER_LISTS, config_object, read_config
 from shortv_llava.checkpoint.package import EVALUATION_FILE
 from shortv_llava.checkpoint.processors import files_like
@@ -468,7 +469,7 @@ def _cost(folder: Path, config, data: ModelCardData) -> str:
     return "\n\n".join(parts)
 
 
-def _measured(path: Path, around: int = 2) -> list[str]:
+def _measured(path: Path) -> list[str]:
     """The measured cost of freezing, for numbers of layers around the choice, if a calibration saved it."""
     if not path.is_file():
         return []
@@ -478,7 +479,7 @@ def _measured(path: Path, around: int = 2) -> list[str]:
         chosen = [entry["flops_ratio"] for entry in curve].index(found["flops_ratio"])
         corrected = any("corrected_cost" in entry for entry in curve)
         rows = []
-        for number, entry in enumerate(curve[max(0, chosen - around) : chosen + around + 1], max(0, chosen - around)):
+        for number, entry in enumerate(curve[max(0, chosen - AROUND) : chosen + AROUND + 1], max(0, chosen - AROUND)):
             cells = [entry["number"], f"{entry['flops_ratio']:.1%}"]
             cells += _cost_cells(entry.get("corrected_cost") if corrected else entry["cost"])
             cells += _cost_cells(entry["cost"])[:1] * corrected

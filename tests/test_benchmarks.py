@@ -6,10 +6,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from shortv_llava import ShortVLlavaConfig
 from shortv_llava.benchmarks.command import app
+from shortv_llava.benchmarks.methods import Methods
 from shortv_llava.benchmarks.models import fuse_norms, make_inputs, make_pair
 from shortv_llava.benchmarks.sizes import SHAPES, scaled
+from shortv_llava.checkpoint.package import write_package
 from shortv_llava.errors import ShortVError
+from shortv_llava.evaluation.answering import Tokens
+from shortv_llava.evaluation.methods import Dropping
+from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio
 
 
@@ -49,6 +55,46 @@ def test_prefill_takes_other_layers_and_attention():
     printed = bench("prefill", "--model", "tiny", "--layers", "1", "--attention", "eager,sdpa", "--pairs", "1")
     assert sum(line.strip().startswith("N = 1") for line in printed.splitlines()) == 2
     assert "tiny, eager, batch 1" in printed and "tiny, sdpa, batch 1" in printed
+
+
+def test_methods_come_down_to_a_ratio_and_no_further_than_it_takes():
+    config = ShortVLlavaConfig(
+        replaced_layers=list(range(31, -1, -1)), lc_scores=[float(32 - layer) for layer in range(32)]
+    )
+    methods = Methods(config, Tokens(576, 64))
+    found = {method.name: method for method in methods.reaching(0.55)}
+    assert list(found) == ["ShortV", "ShortV + FastV", "FastV", "VTW", "random layers"]  # there are no corrections
+    assert all(0.5 < method.flops_ratio <= 0.55 for method in found.values())
+    layers = found["ShortV"].variants[0].frozen["replaced_layers"]
+    assert layers == list(range(31, 31 - len(layers), -1)) and methods.flops_ratio(layers[:-1]) > 0.55
+    fastv, vtw = (found[name].variants[0].dropping for name in ("FastV", "VTW"))
+    assert methods.flops_ratio(dropping=methods.fastv(fastv.kept(576) + 1)) > 0.55
+    assert methods.flops_ratio(dropping=Dropping(vtw.layer + 1, 1.0)) > 0.55
+    assert found["ShortV + FastV"].variants[0].dropping == Dropping(2, fastv.share / 2)
+    assert len({tuple(variant.frozen["replaced_layers"]) for variant in found["random layers"].variants}) == 3
+    assert [method.name for method in methods.reaching(0.13)] == ["VTW"]  # of text alone from layer 1 on
+
+
+def test_methods_answer_the_same_questions(tmp_path):
+    order = list(range(11, -1, -1))
+    write_package(CHECKPOINT, tmp_path / "package", replaced_layers=order, lc_scores=[float(n) for n in order])
+    samples = CHECKPOINT.parent / "samples"
+    (tmp_path / "questions.jsonl").write_text("".join((samples / "questions.jsonl").open().readlines()[:2]))
+    arguments = "--questions", tmp_path / "questions.jsonl", "--images", samples / "images", "--ratio", 0.75
+    arguments = "methods", tmp_path / "package", *arguments, "--max-new-tokens", 2, "--output", tmp_path / "out"
+    printed = bench(*map(str, arguments))
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names == ["method", "dense", "ShortV", "ShortV + FastV", "FastV", "VTW", "random layers"]
+    assert "0.000" in lines[1] and " 1.00 " in lines[1]
+
+
+def test_methods_need_an_order_of_all_layers(tmp_path):
+    write_package(CHECKPOINT, tmp_path / "package", replaced_layers=[1])
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "What?", "answer": "a"}')
+    arguments = "--questions", tmp_path / "questions.jsonl", "--images", tmp_path, "--output", tmp_path / "out"
+    with pytest.raises(ShortVError, match="calibrate --fraction 1"):
+        bench("methods", *map(str, (tmp_path / "package", *arguments)))
 
 
 @pytest.mark.slow
