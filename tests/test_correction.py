@@ -55,9 +55,10 @@ from shortv_llava.calibrate.correction import (
     set_corrections,
     unpacked,
 )
-from shortv_llava.calibrate.run import calibrate
+from shortv_llava.calibrate.journal import Journal
+from shortv_llava.calibrate.run import Run, calibrate
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
-from shortv_llava.calibrate.selection import Choice
+from shortv_llava.calibrate.selection import Choice, Units
 from shortv_llava.checkpoint.config import config_object, read_config
 from shortv_llava.checkpoint.loading import load_model
 from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
@@ -462,3 +463,18 @@ def test_calibrate_given_layers_and_continue(tmp_path, monkeypatch):
     assert fits == [1, 2, 2]
     for name in ("config.json", "correction.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_corrections_of_the_same_layers_are_not_fitted_twice(tmp_path):
+    samples = embedded_samples()
+    model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    run = Run(model, processor, [], [], journal, ("visual",), "release", None, samples[20:22])
+    units = Units(model.config, "layer", 4)
+    first = run.fit(units, [11, 5], 4)
+    run.fit_on = None  # nothing is left to fit on
+    again = run.fit(units, [11, 5], 4)
+    assert list(first) == list(again) == [5]  # the last layer has none
+    assert all(torch.equal(one.float(), other) for one, other in zip(first[5], again[5]))
+    with pytest.raises(TypeError):
+        run.fit(units, [11, 6], 4)
