@@ -398,7 +398,7 @@ class TestPackage:
 
     def test_the_card_tells(self, package):
         card = (package / "README.md").read_text()
-        assert "In 3 layers a linear map of rank 8 stands in for that update" in card
+        assert "In 3 layers a linear map of rank 8" in card
         assert "Layers with a correction, rank 8: 0, 3, 6." in card
         config = config_object(read_config(package))
         plain = config_object(read_config(package) | {"correction_rank": 0, "corrected_layers": []})
