@@ -169,15 +169,15 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
             yield gr.skip()  # without a yield Gradio would clear the page
 
     def start_anew() -> dict:
-        empty = {parts[name]: "" if name[0] == "figure" else [] for name in parts if name != "box"}
-        return empty | {parts["conversations"]: {SHORTV: [], DENSE: []}}
+        return dict.fromkeys(chats, []) | dict.fromkeys(figures, "") | {conversations: {SHORTV: [], DENSE: []}}
 
-    box, chats = parts["box"], [parts["chat", side] for side in (SHORTV, DENSE)]
+    box, conversations = parts["box"], parts["conversations"]
+    chats, figures = ([parts[kind, side] for side in (SHORTV, DENSE)] for kind in ("chat", "figure"))
     asking = gr.on(
         [box.submit, button.click],
         ask,
-        [picture, box, number, compare, parts["conversations"]],
-        list(parts.values()),
+        [picture, box, number, compare, conversations],
+        [conversations, box, *chats, *figures],
         concurrency_limit=1,
         show_progress="hidden",  # else it covers the answers
     )
@@ -186,7 +186,7 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
         [anew.click, picture.change, compare.change, *(chat.clear for chat in chats)],
         start_anew,
         None,
-        [part for part in parts.values() if part is not box],
+        [conversations, *chats, *figures],
         api_name="start_anew",
         cancels=asking,
         show_progress="hidden",
