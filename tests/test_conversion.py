@@ -283,7 +283,7 @@ def test_peak_memory_is_one_shard(tmp_path, merged):
     program = """if True:
         import sys
         from pathlib import Path
-        from shortv_llava import conversion
+        from shortv_llava.checkpoint import conversion
 
         def memory(kind):
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) / 1024

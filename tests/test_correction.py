@@ -440,7 +440,7 @@ def test_calibrate_given_layers_and_continue(tmp_path, monkeypatch):
 
     result = run(tmp_path / "whole")
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "- correction samples: 12" in card and "corrected: KL ± 95%" in card
+    assert "- correction samples: 12" in card and "KL without correction" in card
     assert result.cost.kl < result.chosen["cost"].kl  # the same layers without correction
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (config["replaced_layers"], config["correction_rank"], config["corrected_layers"]) == (LAYERS, 16, LAYERS)
