@@ -5,7 +5,6 @@ import queue
 import threading
 import urllib.request
 import warnings
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import URLError
@@ -88,22 +87,23 @@ def _download(url: str) -> bytes:
     """
     outcome = queue.SimpleQueue()
 
+    def failed(why: object) -> str:
+        return f"{url}: cannot be downloaded ({why})"
+
     def work():
         try:
-            outcome.put(_fetch(url))
-        except (ShortVError, OSError, HTTPException, ValueError) as error:
+            with one_line(lambda error: failed(error.reason if type(error) is URLError else error)):
+                outcome.put(_fetch(url))
+        except ShortVError as error:
             outcome.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
         result = outcome.get(timeout=MAX_DOWNLOAD_SECONDS)
     except queue.Empty:
-        result = TimeoutError("timed out")  # as a socket's
+        result = ShortVError(failed("timed out"))  # a socket's words
     if isinstance(result, ShortVError):
         raise result
-    if isinstance(result, Exception):
-        why = result.reason if type(result) is URLError else result
-        raise ShortVError(f"{url}: cannot be downloaded ({why})") from result
     return result
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from shortv_llava.chat.conversation import Conversation
 from shortv_llava.chat.images import load_image
 from shortv_llava.checkpoint.published import parse_layers
-from shortv_llava.errors import ShortVError
+from shortv_llava.errors import ShortVError, one_line
 
 HELP = """\
 /image FILE|URL  attach an image to the next question; several, one by one
@@ -76,15 +76,16 @@ class Terminal:
                 note("\n(/exit or Ctrl-D leaves)")
                 continue
             try:
-                self.handle(line)
+                with one_line(lambda error: " ".join(str(error).split()) or type(error).__name__):
+                    self.handle(line)
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise ShortVError("interrupted") from None
                 note("\n(stopped)")
-            except (ShortVError, OSError, RuntimeError, ValueError) as error:
+            except ShortVError as error:
                 if not self.interactive:
                     raise
-                note(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+                note(f"error: {error}")
 
     def prompt(self) -> str:
         if not self.interactive:

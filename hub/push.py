@@ -43,6 +43,11 @@ from shortv_llava.hub.errors import hub_errors
 from shortv_llava.hub.metadata import merged_metadata, read_card
 from shortv_llava.hub.scores import eval_results_file, read_scores
 
+try:
+    from huggingface_hub.errors import FileDuplicationError
+except ImportError:  # older clients do not copy between repositories
+    FileDuplicationError = HfHubHTTPError
+
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS_FILE = ".eval_results/shortv.yaml"  # where the Hub looks for scores
@@ -314,10 +319,12 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
     check_model(folder, config, with_weights)
     with quiet():
         try:
-            if outdated := outdated_files(folder):
+            with one_line(first_line):
+                outdated = outdated_files(folder)
+            if outdated:
                 logger.warning(f"{folder}: {', '.join(outdated)} should be otherwise; make the package again")
-        except (ImportError, ShortVError) as error:
-            logger.warning(f"{folder}: published without a working processor ({first_line(error)})")
+        except ShortVError as error:
+            logger.warning(f"{folder}: published without a working processor ({error})")
     return config
 
 
@@ -533,7 +540,7 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
     with hub_errors(repo_id):
         try:
             return api.create_commit(repo_id, operations, **settings)
-        except (HfHubHTTPError, ValueError) as error:
+        except (HfHubHTTPError, FileDuplicationError) as error:
             if source is None or not _copy_refused(error):
                 raise
             reason = getattr(error, "server_message", None) or first_line(error)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import REPLACED_LAYERS
+from jinja2 import TemplateError
 from PIL import Image
 
 from shortv_llava import cli
@@ -439,6 +440,17 @@ def command(monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return end.value.code
+
+
+@pytest.mark.parametrize("error", [TemplateError("roles must alternate"), KeyError("roles must alternate")])
+def test_any_error_of_a_turn_leaves_the_chat_open(conversation, monkeypatch, capsys, error):
+    def fail(question):
+        raise error
+
+    monkeypatch.setattr(conversation, "ask", fail)
+    type_in(monkeypatch, "What is it?", "/exit", terminal=True)
+    Terminal(conversation, "shapes").run()
+    assert "roles must alternate" in capsys.readouterr().err
 
 
 def test_command_fails_with_one_line(monkeypatch, capsys, tmp_path):

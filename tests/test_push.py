@@ -668,6 +668,20 @@ def test_a_hub_that_cannot_copy_gets_uploads(hub, bare, caplog):
     assert "does not copy" in caplog.text and remote(hub)[WEIGHTS] == base_files()[WEIGHTS]
 
 
+@copies
+def test_a_file_that_the_hub_does_not_copy_is_uploaded(hub, bare, caplog, monkeypatch):
+    commit = HfApi.create_commit
+
+    def refused(api, repo_id, operations, **settings):
+        if any(isinstance(operation, CommitOperationCopy) for operation in operations):
+            raise pushing.FileDuplicationError(f"Failed to duplicate files from models/{BASE} to models/{REPO}")
+        return commit(api, repo_id, operations, **settings)
+
+    monkeypatch.setattr(HfApi, "create_commit", refused)
+    push(bare, REPO, weights_from=BASE)
+    assert "does not copy" in caplog.text and remote(hub)[WEIGHTS] == base_files()[WEIGHTS]
+
+
 @pytest.mark.parametrize("offline, words", [(False, ["Storage is down", "run this again"]), (True, ["HF_HUB_OFFLINE"])])
 def test_the_command_says_it_in_one_line(hub, folder, monkeypatch, offline, words):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
