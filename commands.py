@@ -23,6 +23,9 @@ TopP = Annotated[
     float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that make up this probability.")
 ]
 DEVICE_MAP = "Where the model goes, as in transformers: `auto`, `cpu`, `cuda:1`."
+DeviceMap = Annotated[
+    str | None, typer.Option(help=f"{DEVICE_MAP} By default on one GPU, or the CPU if there is none.")
+]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the weights in 4 bit, by bitsandbytes.")]
 In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Load the weights in 8 bit, by bitsandbytes.")]
 BaseModel = Annotated[

@@ -13,11 +13,11 @@ from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
+from shortv_llava.evaluation.hiding import visual_tokens
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import DENSE, Result, Variant, evaluate
 from shortv_llava.evaluation.scoring import check_references
-from shortv_llava.flops import prefill_flops
 
 FASTV_LAYER = 2  # default K of its paper
 SEEDS = 3  # random choices of layers
@@ -44,11 +44,8 @@ class Methods:
         self.corrected_order, self.order = list(config.replaced_layers), lowest(config.lc_scores)
 
     def flops_ratio(self, layers: Sequence[int] = (), dropping: Dropping | None = None, corrects: bool = False):
-        counts = dropping.visual_tokens(self.tokens.visual, self.num_layers) if dropping else self.tokens.visual
-        correction = (self.config.corrected_layers, self.config.correction_rank) if corrects else ((), 0)
-        text_config, text = self.config.text_config, self.tokens.text
-        cost = prefill_flops(text_config, text, counts, layers, layers, *correction)
-        return cost / prefill_flops(text_config, text, self.tokens.visual)
+        variant = Variant("", self.units.frozen(layers), dropping, corrects)
+        return variant.flops_ratio(self.config, self.tokens.text, self.tokens.visual)
 
     def reaching(self, ratio: float) -> Iterator[Method]:
         """Every method that can reach this ratio, each with as little dropped or frozen as that needs."""
@@ -133,7 +130,7 @@ def mean_tokens(answerer: Answerer, questions: Sequence[Question]) -> Tokens:
     visual, whole = [], []
     for question in questions:
         ids = answerer.inputs([question])["input_ids"]
-        visual.append(int((ids == answerer.model.config.image_token_id).sum()))
+        visual.append(int(visual_tokens(answerer.model.config, ids).sum()))
         whole.append(ids.shape[1])
     mean = round(statistics.mean(visual))
     return Tokens(mean, round(statistics.mean(whole)) - mean)

@@ -9,10 +9,10 @@ import typer
 
 from shortv_llava.calibrate import Direction, Granularity, Strategy, Tokens
 from shortv_llava.commands import (
-    DEVICE_MAP,
     BaseModel,
     BaseWeights,
     ChatTemplate,
+    DeviceMap,
     Dtype,
     In4Bit,
     In8Bit,
@@ -113,9 +113,7 @@ class CalibrationOptions:
     chat_template: ChatTemplate = None
     image_aspect_ratio: ShownAspectRatio = "pad"
     dtype: Dtype = "auto"
-    device_map: Annotated[
-        str | None, typer.Option(help=f"{DEVICE_MAP} By default on one GPU, or the CPU if there is none.")
-    ] = None
+    device_map: DeviceMap = None
     load_in_4bit: In4Bit = False
     load_in_8bit: In8Bit = False
     overwrite: Overwrite = False

@@ -119,6 +119,13 @@ def stored(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
     return torch.from_numpy(mapped).view(states.dtype).view(states.shape).copy_(states)
 
 
+def layers_to_correct(config) -> list[int]:
+    """Layers whose FFN is frozen, with or without their attention, except the last layer, whose outputs for visual
+    tokens are not used."""
+    last = config.text_config.num_hidden_layers - 1
+    return sorted(config.frozen_layers()[1] - {last})
+
+
 @torch.no_grad()
 def fit_corrections(
     model,
@@ -149,13 +156,13 @@ def fit_corrections(
     state, budget = PartialState(), budget or RowBudget()
     layers = model.model.language_model.layers
     attention_layers, ffn_layers = model.config.frozen_layers()
-    found = {}
+    to_correct, found = layers_to_correct(model.config), {}
     with without_corrections(model):
         streams = [_Stream(sample, alone) for sample in samples]
         for index, layer in progress(list(enumerate(layers))):
             blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
             blocks = tuple(name for name, frozen in blocks.items() if frozen)
-            fits = "ffn" in blocks and index < len(layers) - 1
+            fits = index in to_correct
             norm = layer.input_layernorm if "attention" in blocks else layer.post_attention_layernorm
             with weights_in_place(layer):
                 regression = Regression(model.config.text_config.hidden_size, norm.weight.device) if fits else None

@@ -22,6 +22,7 @@ from shortv_llava.calibrate.correction import (
     FitSample,
     correction_tensors,
     fit_corrections,
+    layers_to_correct,
     make_correction,
     packed,
     unpacked,
@@ -175,20 +176,19 @@ class Run:
     def fit(self, units: Units, frozen: Sequence[int], rank: int, alone: bool = False) -> dict[int, Factors]:
         """Corrections of these units frozen together, or of each `alone`. Processes share the samples."""
         name = f"{units.granularity} correction{' alone' if alone else ''} {list(frozen)}"
-        lists, last = units.frozen(frozen), units.num_layers - 1  # the last layer gets none
-        layers = [layer for layer in sorted(lists["replaced_layers"] + lists["replaced_ffn_layers"]) if layer != last]
-        known = self.journal.results
-        if all(f"{name} {layer}" in known for layer in layers):  # as when a budget takes all layers
-            return {layer: unpacked(known[f"{name} {layer}"]) for layer in layers}
+        lists, known = units.frozen(frozen), self.journal.results
 
         def once(layer: int, compute) -> Factors:
             return unpacked(self.once(f"{name} {layer}", lambda: packed(compute())))
 
-        own = self.fit_on[self.state.process_index :: self.state.num_processes]
         with dense(self.model):
             self.model.set_replaced_layers(*(lists[key] for key in LAYER_LISTS))
-            bar = partial(self.progress, name="correction", unit="layer")
             config, device = self.model.config, self.model.device
+            layers = layers_to_correct(config)
+            if all(f"{name} {layer}" in known for layer in layers):  # as when a budget takes all layers
+                return {layer: unpacked(known[f"{name} {layer}"]) for layer in layers}
+            own = self.fit_on[self.state.process_index :: self.state.num_processes]
+            bar = partial(self.progress, name="correction", unit="layer")
             inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in own)
             samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(own))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)

@@ -84,6 +84,7 @@ class Sides:
     def ask(self, picture: str | None, question: str, number: int, compare: bool, chats: Chats) -> Iterator[dict]:
         """Stream both answers, or the reason why there is none; no updates without a question."""
         if not question.strip():
+            yield {}
             return
         try:
             yield from self.answer(picture, question.strip(), number, compare, chats)
@@ -161,12 +162,8 @@ def connect(sides: Sides, parts: dict, picture, number, compare, button, anew) -
     """Connect the page's events to `sides`. `parts` are the components that updates name."""
 
     def ask(*asked):
-        nothing = True
-        for updates in sides.ask(*asked):
-            nothing = False
-            yield {parts[name]: value for name, value in updates.items()}
-        if nothing:
-            yield gr.skip()  # without a yield Gradio would clear the page
+        for updates in sides.ask(*asked):  # at least one, for without any Gradio would clear the page
+            yield {parts[name]: value for name, value in updates.items()} or gr.skip()
 
     def start_anew() -> dict:
         return dict.fromkeys(chats, []) | dict.fromkeys(figures, "") | {conversations: {SHORTV: [], DENSE: []}}

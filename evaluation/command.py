@@ -40,7 +40,7 @@ def _run_questions(options: EvaluationOptions) -> None:
     from shortv_llava.evaluation.answering import Answerer
     from shortv_llava.evaluation.run import choose_variants, evaluate
 
-    numbers, output = options.numbers(), options.output
+    numbers, output, model = options.numbers(), options.output, model_name(options.model)
     methods = parse_methods(options.method) if options.method is not None else []
     task = TASKS.get(options.task)
     metric, scoring = (task.metric, task.metric_kwargs) if task else (options.metric, {})
@@ -66,13 +66,12 @@ def _run_questions(options: EvaluationOptions) -> None:
         **({"vicuna_system": task.vicuna_system} if task else {}),
     )
     with _alone(output):
-        results = evaluate(answerer, questions, variants, output, model_name(options.model), metric, subset, **scoring)
+        results = evaluate(answerer, questions, variants, output, model, metric, subset, **scoring)
     if not _is_main_process():
         return
 
     name = options.task or options.questions.stem
     figure = headline_name(metric, results[0].scores, subset) if metric else None
-    model = model_name(options.model)
     about = {"model": model, "data": name, "metric": metric, "score": figure, "questions": len(questions)}
     note = task.hub_note if task and options.data is None else None
     report.write_results(output / "results.json", results, **about, note=note, settings=answerer.settings)
@@ -112,7 +111,7 @@ def _run_lmms_tasks(options: EvaluationOptions) -> None:
     if not _is_main_process():
         return
     report.write_task_results(options.output / "results.json", found, **settings)
-    report.tell_tasks(found, f"{model_name(options.model)}, {harness}")
+    report.tell_tasks(found, f"{settings['model']}, {harness}")
     if options.card is not None:
         note = ", ".join(filter(None, (harness, options.loaded_in())))
         scores = [

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from shortv_llava.commands import (
-    DEVICE_MAP,
     AspectRatio,
+    DeviceMap,
     Dtype,
     In4Bit,
     In8Bit,
@@ -83,9 +83,7 @@ class EvaluationOptions:
         typer.Option(help="As of `shortv calibrate`; by default `pad`, but `base` for Q-Bench, as in LLaVA's scripts."),
     ] = None
     dtype: Dtype = "auto"
-    device_map: Annotated[
-        str | None, typer.Option(help=f"{DEVICE_MAP} By default on one GPU, or the CPU if there is none.")
-    ] = None
+    device_map: DeviceMap = None
     load_in_4bit: In4Bit = False
     load_in_8bit: In8Bit = False
 

@@ -1,5 +1,6 @@
 """One evaluation: a model, with one or several choices of layers, answers questions and is scored."""
 
+import copy
 import functools
 import statistics
 import time
@@ -27,7 +28,7 @@ from shortv_llava.evaluation.methods import Dropping, Method, check_layers
 from shortv_llava.evaluation.questions import Question
 from shortv_llava.evaluation.scoring import bootstrap, check_references, headline, of_subset, score
 from shortv_llava.files.json_lines import add_to_record, read_record
-from shortv_llava.flops import flops_ratio, image_tokens, replacement_order
+from shortv_llava.flops import TEXT_TOKENS, flops_ratio, image_tokens, replacement_order
 
 DENSE, OWN = "dense", "shortv"
 PREFILLS = 5  # timed prefills of each variant, after one for warm-up
@@ -40,6 +41,16 @@ class Variant(NamedTuple):
     frozen: dict[str, list[int]]  # the configuration's three lists
     dropping: Dropping | None = None
     corrects: bool = True  # with the corrections that the model has
+
+    def flops_ratio(self, config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | None = None) -> float:
+        """Prefill FLOPs, relative to the dense model; by default of a prompt with one full-size image."""
+        config, visual = copy.copy(config), image_tokens(config) if visual_tokens is None else visual_tokens
+        config.set_replaced_layers(*self.frozen.values())
+        if not self.corrects:
+            config.corrected_layers = ()
+        num_layers = config.text_config.num_hidden_layers
+        counts = visual if self.dropping is None else self.dropping.visual_tokens(visual, num_layers)
+        return flops_ratio(config, text_tokens, counts)
 
     @contextmanager
     def applied(self, model, drop: Callable = hidden) -> Iterator[None]:
@@ -169,7 +180,7 @@ def evaluate(
 
     with dense(answerer.model):  # the model's own layers are restored afterwards
         results = {
-            variant.name: Result(*variant[:2], _flops_ratio(answerer.model, variant), variant.dropping)
+            variant.name: Result(*variant[:2], variant.flops_ratio(answerer.model.config), variant.dropping)
             for variant in variants
         }
         _answer(answerer, questions, variants, record)
@@ -292,11 +303,3 @@ def _score(results: list[Result], questions, metric: str | None, subset: str | N
             if first.headline:
                 result.retention = 100 * (result.headline / first.headline)
                 result.retention_interval = intervals.retention[result.name]
-
-
-def _flops_ratio(model, variant: Variant) -> float:
-    model.set_replaced_layers(*variant.frozen.values())
-    if variant.dropping is None:
-        return flops_ratio(model.config)
-    counts = variant.dropping.visual_tokens(image_tokens(model.config), model.config.text_config.num_hidden_layers)
-    return flops_ratio(model.config, visual_tokens=counts)
