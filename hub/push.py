@@ -540,7 +540,7 @@ def _commit(api: HfApi, repo_id: str, operations: list, source: Source | None, s
     with hub_errors(repo_id):
         try:
             return api.create_commit(repo_id, operations, **settings)
-        except (HfHubHTTPError, FileDuplicationError) as error:
+        except (HfHubHTTPError, FileDuplicationError, ValueError) as error:  # the last by the client in advance
             if source is None or not _copy_refused(error):
                 raise
             reason = getattr(error, "server_message", None) or first_line(error)
