@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, Lla
 from transformers.models.auto import modeling_auto
 
 LAYER_LISTS = ("replaced_layers", "replaced_attention_layers", "replaced_ffn_layers")
+SCORES = ("lc_scores", "calibration")
 CORRECTION = ("correction_rank", "corrected_layers")  # in this order, for the second is checked against the first
 LayerIds = list[int] | tuple[int, ...]
 AUTO_CLASSES = ("", "ForImageTextToText", "ForMultimodalLM", "ForVision2Seq", "ForPreTraining", "ForCausalLM")
@@ -30,33 +31,30 @@ class ShortVConfigMixin:
         calibration (`dict`, *optional*): the settings the scores were computed with.
 
     Raises:
-        ValueError: for a layer id that is no integer in range or stands in the lists twice, for `lc_scores` that are
-            not one finite number a layer, for a `calibration` that is no dict, for a rank beyond the hidden size, for
-            corrected layers of rank 0.
+        ValueError: for a layer id that is no integer in range or stands in the lists twice, `lc_scores` that are not
+            one finite number a layer, a `calibration` that is no dict, a rank beyond the hidden size, or none.
     """
 
     correction_rank, corrected_layers = 0, ()  # and not in the config.json of a model without
 
     def __init__(self, **kwargs: Any):
-        correction = {name: kwargs.pop(name) for name in CORRECTION if name in kwargs}
+        own = dict.fromkeys(SCORES) | {name: kwargs.pop(name) for name in (*CORRECTION, *SCORES) if name in kwargs}
         lists = [kwargs.pop(name, ()) for name in LAYER_LISTS]
-        scores, calibration = kwargs.pop("lc_scores", None), kwargs.pop("calibration", None)
         kwargs.pop("model_type", None)  # a plain LLaVA's would hide ours
-        model = f"modeling_shortv_llava.{model_class_name(type(self))}"
+        file = type(self).__module__.rpartition(".")[2]  # of a family outside LLaVA's that of the model, too
+        model = f"{file.replace('configuration', 'modeling')}.{model_class_name(type(self))}"
         kwargs["auto_map"] = {f"AutoModel{task}": model for task in AUTO_CLASSES}
-        kwargs["auto_map"]["AutoConfig"] = f"configuration_shortv_llava.{type(self).__name__}"
+        kwargs["auto_map"]["AutoConfig"] = f"{file}.{type(self).__name__}"
         super().__init__(**kwargs)
         self.set_replaced_layers(*lists)
-        for name, value in correction.items():
+        for name, value in own.items():
             setattr(self, name, value)
-        self.lc_scores, self.calibration = scores, calibration
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
         # Lets `from_pretrained` extend a plain LLaVA's configuration, with our entries given as keyword arguments.
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        names = *LAYER_LISTS, *CORRECTION, "lc_scores", "calibration"
-        own = {name: kwargs.pop(name) for name in names if name in kwargs}
+        own = {name: kwargs.pop(name) for name in (*LAYER_LISTS, *CORRECTION, *SCORES) if name in kwargs}
         plain = config_dict.get("model_type") == super(cls, cls).model_type
         return config_dict | own | ({"model_type": cls.model_type} if plain else {}), kwargs
 
@@ -134,9 +132,12 @@ class ShortVLlavaNextVideoConfig(ShortVConfigMixin, LlavaNextVideoConfig):
     __init__ = ShortVConfigMixin.__init__
 
 
-CONFIG_CLASSES = tuple(ShortVConfigMixin.__subclasses__())
-for config_class in CONFIG_CLASSES:
+def register_config(config_class: type) -> None:
     config_class.register_for_auto_class()
-    # Here `transformers serve` looks which auto class loads a model, before it imports any of the model's own code.
-    serve_table = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})  # none in transformers 4
+    # `transformers serve` looks here, before it imports the model's own code; transformers 4 has no such table.
+    serve_table = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
     serve_table[config_class.model_type] = model_class_name(config_class)
+
+
+for llava in ShortVConfigMixin.__subclasses__():
+    register_config(llava)

@@ -5,10 +5,13 @@ also be narrower (grouped-query attention), either block of a layer may be froze
 corrected.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 TEXT_TOKENS = 64  # text tokens of a prompt, in the paper's tables
+PICTURE = 640, 480  # pixels, for models whose number of visual tokens depends on them
+TILES = 13  # a grid of 4 x 3 and the whole picture, into which InternVL and Idefics3 cut one of these proportions
 
 
 class BlockFlops(NamedTuple):
@@ -85,11 +88,21 @@ def flops_ratio(config, text_tokens: int = TEXT_TOKENS, visual_tokens: int | Seq
 
 
 def image_tokens(config) -> int:
-    """Number of visual tokens of an image: LLaVA-1.5's, or those of the largest grid of tiles, without newlines."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    """Number of visual tokens of an image. LLaVA: LLaVA-1.5's, or those of the largest grid of tiles, without newlines.
+    Other families: of a picture of 640 x 480 pixels, by the settings of their processors."""
+    vision, family = config.vision_config, config.model_type.removeprefix("shortv_")
+    if family == "gemma3":
+        return config.mm_tokens_per_image
+    if family == "internvl":
+        return TILES * config.image_seq_length
+    if family in ("idefics3", "smolvlm"):
+        return TILES * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    if merged := getattr(config if family == "mistral3" else vision, "spatial_merge_size", None):
+        return math.prod(math.ceil(side / (vision.patch_size * merged)) for side in PICTURE)
+    side = vision.image_size // vision.patch_size
     tiles = 1
     for height, width in getattr(config, "image_grid_pinpoints", None) or ():
-        tiles = max(tiles, 1 + height * width // config.vision_config.image_size**2)
+        tiles = max(tiles, 1 + height * width // vision.image_size**2)
     limit = getattr(config, "vision_aspect_ratio", "")  # LLaVA-OneVision shrinks larger grids to this number of tiles
     if limit.startswith("anyres_max_"):
         tiles = min(tiles, 1 + int(limit.removeprefix("anyres_max_")))

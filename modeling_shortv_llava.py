@@ -5,7 +5,7 @@ key and a value made from that state, but it has no query and skips the FFN. Tex
 is, and so is everything in a pass without images, such as decoding. Method: Yuan et al., "ShortV", ICCV 2025, arXiv
 2504.00502.
 [`ShortVDecoderLayer`] and [`ShortVAttention`] are the method, the rest finds the visual tokens of a forward pass and
-puts these two into stock LLaVA. All that is private to transformers here is `config._attn_implementation`.
+puts these two into a stock model. All that is private to transformers here is `config._attn_implementation`.
 Shapes: B rows of S tokens, of which T are computed; h hidden size, d head size, K keys.
 """
 
@@ -34,6 +34,7 @@ from .configuration_shortv_llava import (
     ShortVLlavaNextVideoConfig,
     ShortVLlavaOnevisionConfig,
     ShortVVipLlavaConfig,
+    register_config,
 )
 
 try:
@@ -114,9 +115,9 @@ class FrozenTokens:
         if flash and window is not None:
             visible = visible & (distance.abs() < window)
         if flash and given is None and num_keys == length:
-            starts = flash.get("cu_seq_lens_k")
+            starts, ids = flash.get("cu_seq_lens_k"), flash.get("position_ids")
             if starts is None:  # a single row may hold samples, each with positions from 0
-                starts = (flash["position_ids"][: len(row) == 1] == 0).nonzero()[:, 1]
+                starts = query.new_zeros(1) if ids is None else (ids[: len(row) == 1] == 0).nonzero()[:, 1]
             samples = [torch.bucketize(row * length + place, starts, right=True) for place in (query, key)]
             visible = visible & (samples[0] == samples[1])
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)
@@ -148,7 +149,8 @@ class ShortVAttention:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         query, key = heads(self.q_proj(tokens.gather(hidden_states))), heads(self.k_proj(hidden_states))
-        query, key = self.norm_heads(query, key)
+        if hasattr(self, "q_norm"):  # Qwen3's norm of each head
+            query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, *tokens.once("rotary", rotary[0], (), lambda: [tokens.gather(x) for x in rotary]))
         key, value = rotate(key, *rotary), heads(self.v_proj(hidden_states))
         if cache is not None:
@@ -172,10 +174,6 @@ class ShortVAttention:
             weights = tokens.scatter(whole, weights.transpose(1, 2)).transpose(1, 2)
         return self.o_proj(update.flatten(2)), weights
 
-    def norm_heads(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the attention does to queries (B, heads, T, d) and keys (B, heads, S, d) before it rotates them."""
-        return query, key
-
 
 class Correction(nn.Module):
     """Linear map of low rank from the normed state of a token to what its frozen update would nearly have been."""
@@ -197,8 +195,8 @@ class ShortVDecoderLayer:
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, frozen_tokens: FrozenTokens | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """(B, S, h) to (B, S, h)."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, h) to (B, S, h); some layers of older versions of transformers return attention weights, too."""
         layer, tokens = self.self_attn.layer_idx, frozen_tokens
         attention_frozen = tokens is not None and layer in tokens.attention_layers
         ffn_frozen = tokens is not None and layer in tokens.ffn_layers
@@ -207,73 +205,67 @@ class ShortVDecoderLayer:
 
         normed = self.input_layernorm(hidden_states)
         if attention_frozen:
-            update, _ = self.self_attn(hidden_states=normed, frozen_tokens=tokens, **kwargs)
-            computed = self.add(tokens.gather(hidden_states), update)
+            update, weights = self.self_attn(hidden_states=normed, frozen_tokens=tokens, **kwargs)
+            computed = self.add(tokens.gather(hidden_states), update, "attention")
         else:
-            update, _ = self.self_attn(hidden_states=normed, **kwargs)
-            hidden_states = self.add(hidden_states, update)
+            update, weights = self.self_attn(hidden_states=normed, **kwargs)
+            hidden_states = self.add(hidden_states, update, "attention")
             computed = tokens.gather(hidden_states)
-        if not ffn_frozen:
-            hidden_states = tokens.scatter(hidden_states, computed)
-            return self.add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
-        correction = getattr(self, "correction", None)
-        if correction is None or attention_frozen:
-            computed_normed = self.post_attention_layernorm(computed)
+        if ffn_frozen:
+            correction = getattr(self, "correction", None)
+            if correction is None or attention_frozen:
+                computed_normed = self.ffn_norm(computed)
+            else:
+                normed = self.ffn_norm(hidden_states)
+                computed_normed = tokens.gather(normed)
+            if correction is not None:  # of all tokens; those that are computed are put over it
+                hidden_states = hidden_states + correction(normed)
+            hidden_states = tokens.scatter(hidden_states, self.add(computed, self.mlp(computed_normed), "ffn"))
         else:
-            normed = self.post_attention_layernorm(hidden_states)
-            computed_normed = tokens.gather(normed)
-        if correction is not None:  # of all tokens; those that are computed are put over it
-            hidden_states = hidden_states + correction(normed)
-        return tokens.scatter(hidden_states, self.add(computed, self.mlp(computed_normed)))
+            hidden_states = tokens.scatter(hidden_states, computed)
+            hidden_states = self.add(hidden_states, self.mlp(self.ffn_norm(hidden_states)), "ffn")
+        return (hidden_states, weights) if self.in_tuple else hidden_states
 
-    def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """A block's update (B, N, h) added to the residual stream."""
+    def ffn_norm(self, states: torch.Tensor) -> torch.Tensor:
+        return self.post_attention_layernorm(states)
+
+    def add(self, states: torch.Tensor, update: torch.Tensor, block: str) -> torch.Tensor:
+        """The update (B, N, h) of a block, `attention` or `ffn`, added to the residual stream."""
         return states + update
 
 
 class ShortVGraniteDecoderLayer(ShortVDecoderLayer):
-    """Granite's layers scale their updates; in older versions of transformers they return a tuple."""
+    """Granite's layers scale their updates."""
 
-    in_tuple = "output_attentions" in granite.GraniteDecoderLayer.forward.__annotations__
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        output = super().forward(*args, **kwargs)
-        return (output,) if self.in_tuple and isinstance(output, torch.Tensor) else output
-
-    def add(self, states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    def add(self, states: torch.Tensor, update: torch.Tensor, block: str) -> torch.Tensor:
         return states + update * self.residual_multiplier
 
 
-class ShortVQwen3Attention(ShortVAttention):
-    """Qwen3's attention norms queries and keys."""
-
-    def norm_heads(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.q_norm(query), self.k_norm(key)
+SHORTV_LAYERS = {}  # stock decoder layers, with ShortV's and the class of its attention
 
 
-def with_mixin(mixin: type, stock: type) -> type:
-    """The stock class keeps its name, by which device maps, FSDP and users' own settings find it."""
-    return type(stock.__name__, (mixin, stock), {"__module__": __name__})
+def add_backbone(layer: type, attention: type, layer_mixin=ShortVDecoderLayer, attention_mixin=ShortVAttention) -> None:
+    """Support a text backbone. Its classes keep their names, by which device maps, FSDP and users find them."""
+    made = []
+    for mixin, stock in ((layer_mixin, layer), (attention_mixin, attention)):
+        in_tuple = "output_attentions" in stock.forward.__annotations__  # of an older version of transformers
+        made.append(type(stock.__name__, (mixin, stock), {"__module__": __name__, "in_tuple": in_tuple}))
+        globals()[stock.__name__] = made[-1]  # where pickle looks
+    SHORTV_LAYERS[layer] = tuple(made)
 
 
-SHORTV_LAYERS = {
-    layer: (with_mixin(layer_mixin, layer), with_mixin(attention_mixin, attention))
-    for layer, layer_mixin, attention, attention_mixin in (
-        (gemma.GemmaDecoderLayer, ShortVDecoderLayer, gemma.GemmaAttention, ShortVAttention),
-        (granite.GraniteDecoderLayer, ShortVGraniteDecoderLayer, granite.GraniteAttention, ShortVAttention),
-        (llama.LlamaDecoderLayer, ShortVDecoderLayer, llama.LlamaAttention, ShortVAttention),
-        (mistral.MistralDecoderLayer, ShortVDecoderLayer, mistral.MistralAttention, ShortVAttention),
-        (qwen2.Qwen2DecoderLayer, ShortVDecoderLayer, qwen2.Qwen2Attention, ShortVAttention),
-        (qwen3.Qwen3DecoderLayer, ShortVDecoderLayer, qwen3.Qwen3Attention, ShortVQwen3Attention),
-    )
-}
-globals().update({made.__name__: made for pair in SHORTV_LAYERS.values() for made in pair})  # where pickle looks
+add_backbone(gemma.GemmaDecoderLayer, gemma.GemmaAttention)
+add_backbone(granite.GraniteDecoderLayer, granite.GraniteAttention, ShortVGraniteDecoderLayer)
+add_backbone(llama.LlamaDecoderLayer, llama.LlamaAttention)
+add_backbone(mistral.MistralDecoderLayer, mistral.MistralAttention)
+add_backbone(qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention)
+add_backbone(qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention)
 
 
 def hand_on_frozen_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of LLaVA without head, for a pass with images. Stock hands its keywords on to the layers."""
+    """Forward pre-hook of a model without head, for a pass with images. Stock hands its keywords on to the layers."""
     given = dict(zip(type(model).forward.__annotations__, args)) | kwargs  # stock annotates every parameter
-    images = (given.get(name) for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
+    images = map(given.get, ("pixel_values", "pixel_values_videos", "image_hidden_states", "mm_encoder_outputs"))
     tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     if tokens is None or all(image is None or image == {} for image in images) or not any(model.config.frozen_layers()):
         return None
@@ -283,7 +275,7 @@ def hand_on_frozen_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 @torch.compiler.disable  # how many tokens are computed depends on the ids; the layers are compiled around it
 def find_frozen_tokens(model: nn.Module, given: torch.Tensor, attention_mask: Any, cache: Any) -> FrozenTokens:
-    """Visual tokens, told by LLaVA's placeholders among ids (B, S) or embeddings, and padding, which nobody reads."""
+    """Visual tokens, told by their placeholders among ids (B, S) or embeddings, and padding, which nobody reads."""
     names = [name for name in ("image_token_id", "video_token_id") if hasattr(model.config, name)]
     placeholders = torch.tensor([getattr(model.config, name) for name in names], device=given.device)
     if given.dim() == 2:
@@ -298,11 +290,15 @@ def find_frozen_tokens(model: nn.Module, given: torch.Tensor, attention_mask: An
 
 
 class ShortVMixin:
-    """Mixin for a LLaVA with its head. Raises ValueError for a text backbone that is not in `SHORTV_LAYERS`."""
+    """Mixin for a model with its head. Raises ValueError for a text backbone that is not in `SHORTV_LAYERS`."""
+
+    # Beginnings of the tensor names that `save_pretrained` writes, with those in the model; the first that fits counts.
+    saved_names = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
+    saved_names |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.", "image_newline")}
 
     def __init__(self, config: ShortVConfigMixin):
         super().__init__(config)
-        for layer in self.model.language_model.layers:
+        for layer in self.get_decoder().layers:
             if type(layer) not in SHORTV_LAYERS:
                 ours = ", ".join(stock.__name__.removesuffix("DecoderLayer") for stock in SHORTV_LAYERS)
                 raise ValueError(f"text backbone {config.text_config.model_type!r} is not supported; those are: {ours}")
@@ -321,12 +317,10 @@ class ShortVMixin:
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """As stock, or with the names that `save_pretrained` writes: `Trainer` resumes from its files by this."""
-        names = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
-        names |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.", "image_newline")}
         renamed = {}
         for name, tensor in state_dict.items():
-            saved = next((saved for saved in names if name.startswith(saved)), "")
-            renamed[names.get(saved, "") + name.removeprefix(saved)] = tensor
+            saved = next((saved for saved in self.saved_names if name.startswith(saved)), "")
+            renamed[self.saved_names.get(saved, "") + name.removeprefix(saved)] = tensor
         return super().load_state_dict(renamed, *args, **kwargs)
 
 
@@ -350,11 +344,17 @@ class ShortVLlavaNextVideoForConditionalGeneration(ShortVMixin, transformers.Lla
     config_class = ShortVLlavaNextVideoConfig
 
 
-MODEL_CLASSES = tuple(ShortVMixin.__subclasses__())
-for model_class in MODEL_CLASSES:
+def register(model_class: type) -> None:
+    """Tell transformers of a model class and of its configuration's."""
+    stock, model_type = model_class.__bases__[1], model_class.config_class.model_type
+    register_config(model_class.config_class)
     model_class.register_for_auto_class("AutoModelForImageTextToText")  # `save_pretrained` then saves this file too
-    model_type = model_class.config_class.model_type
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type] = model_class.__name__  # the pipeline looks here
     if conversion_mapping is not None:  # by tables transformers 5 renames tensors, 4 by an attribute of the class
-        renaming = conversion_mapping.get_checkpoint_conversion_mapping(model_type.removeprefix("shortv_"))
+        find = conversion_mapping.get_checkpoint_conversion_mapping
+        renaming = find(stock.__name__) or find(stock.config_class.model_type) or []
         conversion_mapping.register_checkpoint_conversion_mapping(model_type, renaming, overwrite=True)
+
+
+for llava in ShortVMixin.__subclasses__():
+    register(llava)

@@ -12,6 +12,7 @@ import torch
 from shortv_llava.benchmarks.models import make_inputs, make_pair
 from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.calibrate.contribution import divergence, layer_contribution
+from shortv_llava.checkpoint.loading import text_decoder
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def one_pass_each(model, inputs) -> torch.Tensor:
         return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
 
     original, variants = logits(), []
-    for layer in model.model.language_model.layers:
+    for layer in text_decoder(model).layers:
         handle = layer.register_forward_hook(lambda layer, args, output: torch.where(visual, args[0], output))
         variants.append(logits())
         handle.remove()

@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shortv_llava.calibrate.contribution import visual_tokens
 from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
-from shortv_llava.evaluation.hiding import visual_tokens
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.evaluation.questions import Question, read_questions
 from shortv_llava.evaluation.run import DENSE, Result, Variant, evaluate

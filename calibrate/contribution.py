@@ -18,6 +18,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from shortv_llava.calibrate import Direction, Granularity, Tokens
+from shortv_llava.checkpoint.loading import text_decoder
 from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, Correction, FrozenTokens
 
 
@@ -64,16 +65,17 @@ def contributions(
         float64 of shape `(len(tokens), N, num_layers)`, or `(len(tokens), N, 2 * num_layers)` with granularity `block`:
         the attention blocks of all layers, then the FFN blocks. With corrections `len(tokens) + 1`.
     """
-    decoder = model.model.language_model
+    decoder = text_decoder(model)
     budget = budget or RowBudget()
     with _shortv_layers(decoder.layers), without_corrections(model):
-        stack, calls = layer_calls(model, inputs)  # (variants * B, S, h), the original first
+        stack, calls, added = layer_calls(model, inputs)  # (variants * B, S, h), the original first
         batch = len(stack)
         sets = [token_set(model, inputs, kind) for kind in tokens]
         rows, positions = read or (torch.arange(batch), last_tokens(inputs["input_ids"], inputs.get("attention_mask")))
         unread = torch.ones_like(sets[0])
         unread[rows.to(unread.device), positions.to(unread.device)] = False
         for index, (layer, call) in enumerate(zip(decoder.layers, calls)):
+            stack = add_between(stack, added[index])
             before = stack[:batch]
             with weights_in_place(layer):
                 # Only some of the last layer's outputs are read.
@@ -88,7 +90,7 @@ def contributions(
                             run_layer(layer, before, call, batch, budget, frozen, (name,))
                             for name in ("attention", "ffn")
                         ]
-                        norm = layer.post_attention_layernorm
+                        norm = layer.ffn_norm
                     if number == len(sets) and index in corrections:
                         kept[-1] = kept[-1] + corrections[index](norm(kept[-1]))
                     mask = frozen.unsqueeze(-1).to(outputs.device)
@@ -116,7 +118,7 @@ def cosine_distance(model, inputs) -> torch.Tensor:
         before, after = (states[visual.to(states.device)].double() for states in (args[0], output))
         distances.append(1 - torch.cosine_similarity(before, after, dim=-1).mean().cpu())
 
-    handles = [layer.register_forward_hook(measure) for layer in model.model.language_model.layers]
+    handles = [layer.register_forward_hook(measure) for layer in text_decoder(model).layers]
     try:
         with dense(model):
             model.model(**inputs, use_cache=False)
@@ -153,7 +155,7 @@ def divergence(original: torch.Tensor, variants: torch.Tensor, direction: Direct
 
 def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
     """(B, S), true for the tokens to freeze."""
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = visual_tokens(model.config, inputs["input_ids"])
     if tokens == "visual":
         return visual
     if tokens == "text":
@@ -163,6 +165,12 @@ def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
     raise ValueError(f"tokens must be 'visual', 'text' or 'all', got {tokens!r}")
 
 
+def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:
+    """Which of the ids (B, S) stand for visual tokens, boolean; frames of videos count."""
+    names = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
+    return torch.isin(ids, torch.tensor([getattr(config, name) for name in names], device=ids.device))
+
+
 def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """(B,), index of the last token of each row (B, S) that is not padding."""
     if attention_mask is None:
@@ -170,16 +178,18 @@ def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     return (torch.arange(tokens.shape[1], device=tokens.device) * attention_mask).argmax(dim=1)
 
 
-def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
-    """Arguments of the language model's calls of its layers: states (B, S, h) for the first, keywords for each."""
-    layers = model.model.language_model.layers
+def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict], list[torch.Tensor | None]]:
+    """What the language model calls its layers with: states (B, S, h) of the first, keywords of each, and what is added
+    to the states before each, (B, S, h) or None. Qwen3-VL adds features of pictures after its first layers."""
+    layers = text_decoder(model).layers
     states, calls = [], []
 
     def recorder(hidden_states, **kwargs):
         kwargs.pop("frozen_tokens", None)
         states.append(hidden_states)
         calls.append(kwargs)
-        return (hidden_states,) if getattr(layers[0], "in_tuple", False) else hidden_states
+        nothing = torch.zeros_like(hidden_states)  # so that the next layer gets what is added alone
+        return (nothing,) if getattr(layers[0], "in_tuple", False) else nothing
 
     before = [vars(layer).get("forward") for layer in layers]
     try:
@@ -191,7 +201,12 @@ def layer_calls(model, inputs) -> tuple[torch.Tensor, list[dict]]:
             del layer.forward
             if forward is not None:  # accelerate's, which loads an offloaded layer's weights
                 layer.forward = forward
-    return states[0], calls
+    return states[0], calls, [None, *(more if more.any() else None for more in states[1:])]
+
+
+def add_between(states: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    """States (variants * B, S, h) with what is added to those of a batch (B, S, h) before a layer."""
+    return states if added is None else states + added.to(states.device).repeat(len(states) // len(added), 1, 1)
 
 
 def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention", "ffn")) -> torch.Tensor:
@@ -222,21 +237,29 @@ def run_layer(layer, stack, call, batch, budget, frozen=None, blocks=("attention
     return torch.cat(outputs)
 
 
-def _of_rows(value, rows: torch.Tensor, batch: int):
-    """A layer's argument for these rows of the batch; unchanged if it has no rows."""
+def _of_rows(value, rows: torch.Tensor, batch: int, axis: int = 0):
+    """A layer's argument for these rows of the batch; unchanged if it has no rows.
+
+    Args:
+        axis: dimension of the rows. In rotary rows it is the third from the end: Qwen2-VL's in transformers 4 are
+            (3, B, S, d).
+    """
     if isinstance(value, dict):
-        return {key: _of_rows(item, rows, batch) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_of_rows(item, rows, batch) for item in value)
-    if batch > 1 and isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch:
-        return value[rows.to(value.device)]
+        return {
+            key: _of_rows(item, rows, batch, -3 if key.startswith("position_embeddings") else 0)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return tuple(_of_rows(item, rows, batch, axis) for item in value)
+    if batch > 1 and isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[axis] == batch:
+        return value.index_select(axis, rows.to(value.device))
     return value
 
 
 @contextmanager
 def without_corrections(model) -> Iterator[None]:
     """Disable all corrections within the context."""
-    layers = model.model.language_model.layers
+    layers = text_decoder(model).layers
     kept = [(layer, layer._modules.pop("correction")) for layer in layers if "correction" in layer._modules]
     try:
         yield

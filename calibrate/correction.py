@@ -24,12 +24,14 @@ from accelerate.utils import broadcast, reduce
 
 from shortv_llava.calibrate.contribution import (
     RowBudget,
+    add_between,
     layer_calls,
     run_layer,
     token_set,
     weights_in_place,
     without_corrections,
 )
+from shortv_llava.checkpoint.loading import text_decoder
 from shortv_llava.configuration_shortv_llava import CORRECTION
 from shortv_llava.modeling_shortv_llava import Correction
 
@@ -99,14 +101,15 @@ class FitSample:
 
     @torch.no_grad()
     def __init__(self, model, inputs, keep: bool = False, folder: Path | None = None):
-        states, self.calls = layer_calls(model, inputs)
+        states, self.calls, self.added = layer_calls(model, inputs)
         self.device, self.visual = states.device, token_set(model, inputs, "visual").cpu()
         self.folder, self.first, self.targets, self.keep = folder, stored(states, folder), [], keep
 
     def run(self, layer, states: torch.Tensor, budget: RowBudget, blocks: tuple[str, ...] = ()) -> torch.Tensor:
         """Run a layer on states (B, S, h), with visual tokens skipping the `blocks`."""
-        frozen, call = self.visual if blocks else None, self.calls[layer.self_attn.layer_idx]
-        states = run_layer(layer, states.to(self.device), call, len(self.visual), budget, frozen, blocks)
+        frozen, index = self.visual if blocks else None, layer.self_attn.layer_idx
+        states = add_between(states.to(self.device), self.added[index])
+        states = run_layer(layer, states, self.calls[index], len(self.visual), budget, frozen, blocks)
         return stored(states, self.folder)
 
 
@@ -154,7 +157,7 @@ def fit_corrections(
         ValueError: if there is no sample, or no visual token in any.
     """
     state, budget = PartialState(), budget or RowBudget()
-    layers = model.model.language_model.layers
+    layers = text_decoder(model).layers
     attention_layers, ffn_layers = model.config.frozen_layers()
     to_correct, found = layers_to_correct(model.config), {}
     with without_corrections(model):
@@ -163,13 +166,14 @@ def fit_corrections(
             blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
             blocks = tuple(name for name, frozen in blocks.items() if frozen)
             fits = index in to_correct
-            norm = layer.input_layernorm if "attention" in blocks else layer.post_attention_layernorm
+            norm = layer.input_layernorm if "attention" in blocks else layer.ffn_norm
             with weights_in_place(layer):
-                regression = Regression(model.config.text_config.hidden_size, norm.weight.device) if fits else None
+                weight = layer.input_layernorm.weight
+                regression = Regression(model.config.text_config.hidden_size, weight.device) if fits else None
                 for stream in streams:
                     stream.advance(layer, budget, blocks)
                     if fits:
-                        x, t = (rows.to(norm.weight.device) for rows in (stream.rows, stream.target))
+                        x, t = (rows.to(weight.device) for rows in (stream.rows, stream.target))
                         regression.add(norm(x), t.to(torch.promote_types(t.dtype, torch.float32)) - x)
                 if not fits:
                     continue
@@ -182,9 +186,9 @@ def fit_corrections(
 
                 found[index] = Factors(*(part.cpu() for part in once(index, fit)))
                 if not alone:
-                    correction = make_correction(found[index], norm.weight)
+                    correction = make_correction(found[index], weight)
                     for stream in streams:
-                        x = stream.rows.to(norm.weight.device)
+                        x = stream.rows.to(weight.device)
                         stream.rows = x + correction(norm(x))
     return found
 
@@ -243,7 +247,7 @@ def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> d
 
 def set_corrections(model, corrections: dict[int, Factors]) -> None:
     """Replace a ShortV model's corrections by these."""
-    layers, config = model.model.language_model.layers, model.config
+    layers, config = text_decoder(model).layers, model.config
     for layer in layers:
         layer._modules.pop("correction", None)
     for name in CORRECTION:

@@ -3,11 +3,11 @@
 import copy
 from pathlib import Path
 
+import shortv_llava
 from shortv_llava.errors import ShortVError
 from shortv_llava.files.json_files import read_json
 
-STOCK_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision", "llava_next_video")
-MODEL_TYPES = {stock: f"shortv_{stock}" for stock in STOCK_TYPES}
+MODEL_TYPES = {stock: f"shortv_{stock}" for stock in shortv_llava.FAMILIES}
 # The configuration's lists of layers, and the part of a layer that each freezes.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
@@ -37,24 +37,21 @@ def own_type(entries: dict) -> str:
     return MODEL_TYPES.get(entries["model_type"], entries["model_type"])
 
 
-def class_of(model_type: str) -> type:
-    """The model class of one of ShortV's model types."""
-    from shortv_llava import MODEL_CLASSES
-
-    return next(c for c in MODEL_CLASSES if c.config_class.model_type == model_type)
+def class_of(model_type: str, kind: str = "ForConditionalGeneration") -> type:
+    """The model class of one of ShortV's model types, or with `kind` Config its configuration's."""
+    family = shortv_llava.FAMILIES[model_type.removeprefix("shortv_")]
+    return getattr(shortv_llava, f"ShortV{family}{kind}")
 
 
 def config_object(entries: dict):
-    """The ShortV configuration of a config.json's entries; those of a plain LLaVA have no frozen layers.
+    """The ShortV configuration of a config.json's entries; those of a stock model have no frozen layers.
 
     Raises:
         ValueError: if the layers or scores do not fit the model.
     """
-    from shortv_llava import CONFIG_CLASSES
-
     model_type = own_type(entries)
-    config_class = next(c for c in CONFIG_CLASSES if c.model_type == model_type)
-    return config_class.from_dict(copy.deepcopy(entries | {"model_type": model_type}))  # from_dict changes them
+    entries = copy.deepcopy(entries | {"model_type": model_type})  # from_dict changes them
+    return class_of(model_type, "Config").from_dict(entries)
 
 
 def package_config(base_config: dict, **settings) -> dict:

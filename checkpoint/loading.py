@@ -55,6 +55,12 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
     return model.eval()
 
 
+def text_decoder(model):
+    """The language model without its head, whose `layers` are decoder layers, of a ShortV or stock model."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "text_model", decoder)  # Idefics3's and SmolVLM's in transformers 4
+
+
 @functools.cache
 def cache_name() -> str:
     """Name of the keyword argument for the cache, `past_key_values` before transformers 5.24."""

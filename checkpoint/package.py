@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shortv_llava import OTHER_FAMILIES
 from shortv_llava.checkpoint.checks import check_model, check_pictures, model_without_weights
 from shortv_llava.checkpoint.config import CORRECTION, MODEL_TYPES, config_object, package_config, read_config
 from shortv_llava.checkpoint.processors import copy_files, write_processor
@@ -20,7 +21,7 @@ from shortv_llava.files.outputs import check_folder, link_or_copy, replacing
 
 logger = logging.getLogger(__name__)
 
-CODE_FILES = ("configuration_shortv_llava.py", "modeling_shortv_llava.py")
+ROOT = Path(__file__).parents[1]  # of the files that are published unchanged
 EVALUATION_FILE = "evaluation.json"  # scores, for the card
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 CORRECTION_FILE = "correction.safetensors"  # fitted corrections, beside the base's files
@@ -28,6 +29,15 @@ SHARD = "model-00001-of-00001.safetensors"  # new name of a base's single file: 
 # Settings to reset if layers are given by hand: the old calibration does not describe these layers.
 BY_HAND = {"replaced_attention_layers": [], "replaced_ffn_layers": [], "lc_scores": None, "calibration": None}
 BY_HAND |= {"corrections": {}}
+
+
+def code_files(model_type: str) -> list[str]:
+    """Names of the code files of a package with one of ShortV's model types."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    family = model_type.removeprefix("shortv_")
+    own = ROOT / f"modeling_shortv_{family if family in OTHER_FAMILIES else 'llava'}.py"
+    return sorted({own.name, *(Path(name).name for name in get_relative_import_files(own))})
 
 
 def check_output(output: Path, overwrite: bool, base: Path | None = None) -> None:
@@ -93,7 +103,7 @@ def write_package(
             _put_weights(base, staging, weights)
         if corrections or (corrections is not None and (staging / CORRECTION_FILE).exists()):
             put_corrections(staging, corrections)
-        copy_files(Path(__file__).parents[1], staging, CODE_FILES)
+        copy_files(ROOT, staging, code_files(entries["model_type"]))
         if write_more is not None:
             write_more(staging)
         write_card(staging, output.resolve().name, card, **base_metadata(base, base_model, license))

@@ -224,10 +224,11 @@ def _load(folder: Path, source: Path):
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import is_torchvision_available
 
-    from shortv_llava import CONFIG_CLASSES
+    from shortv_llava.checkpoint.config import class_of, own_type
 
-    for config_class in CONFIG_CLASSES:  # else transformers would ask to run the package's own code
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    model_type = own_type(read_json(folder / "config.json"))
+    # Otherwise transformers would ask to run the package's own code.
+    AutoConfig.register(model_type, class_of(model_type, "Config"), exist_ok=True)
 
     def why(error: Exception) -> str:
         reason = first_line(error).replace(str(folder), str(source)).split(". ")[0]

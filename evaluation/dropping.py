@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortv_llava.calibrate.contribution import last_tokens
-from shortv_llava.checkpoint.loading import cache_name
+from shortv_llava.calibrate.contribution import last_tokens, visual_tokens
+from shortv_llava.checkpoint.loading import cache_name, text_decoder
 from shortv_llava.evaluation.hiding import (
     by_name,
     forward_pre_hooks,
     last_row_attention,
     most_attended,
     seen_before,
-    visual_tokens,
 )
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.modeling_shortv_llava import FrozenTokens
@@ -35,7 +34,7 @@ def dropped(model, dropping: Dropping | None) -> Iterator[None]:
     if dropping is None:
         yield
         return
-    dropper, layers = _Dropper(model, dropping), model.model.language_model.layers
+    dropper, layers = _Dropper(model, dropping), text_decoder(model).layers
     hooks = [(model.model, dropper.begin), (layers[dropping.layer - 1].self_attn, dropper.choose)]
     with forward_pre_hooks([*hooks, *((layer, dropper.drop) for layer in layers[dropping.layer :])]):
         yield

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from shortv_llava.calibrate.contribution import last_tokens
-from shortv_llava.checkpoint.loading import cache_name
+from shortv_llava.calibrate.contribution import last_tokens, visual_tokens
+from shortv_llava.checkpoint.loading import cache_name, text_decoder
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.modeling_shortv_llava import rotate
@@ -41,7 +41,7 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
     implementation = model.config.text_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ShortVError(f"a method that drops visual tokens needs sdpa or eager attention, not {implementation!r}")
-    hiding, layers = _Hiding(model, dropping), model.model.language_model.layers
+    hiding, layers = _Hiding(model, dropping), text_decoder(model).layers
     hooks = [(model.model, hiding.begin)]
     if dropping.share < 1:
         hooks.append((layers[dropping.layer - 1].self_attn, hiding.choose))
@@ -126,12 +126,6 @@ def seen_before(given: dict[str, Any]) -> int:
     """Number of tokens in the cache before a pass."""
     cache = given.get(cache_name())
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:
-    """Which of the ids (B, S) stand for visual tokens, boolean."""
-    names = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
-    return torch.isin(ids, torch.tensor([getattr(config, name) for name in names], device=ids.device))
 
 
 def last_row_attention(

@@ -34,7 +34,14 @@ from huggingface_hub.utils.sha import git_hash
 
 from shortv_llava.checkpoint.checks import check_model, quiet
 from shortv_llava.checkpoint.config import MODEL_TYPES, OWN_KEYS, package_config, read_config
-from shortv_llava.checkpoint.package import CODE_FILES, CORRECTION_FILE, EVALUATION_FILE, SHARD, WEIGHT_PATTERNS
+from shortv_llava.checkpoint.package import (
+    CORRECTION_FILE,
+    EVALUATION_FILE,
+    ROOT,
+    SHARD,
+    WEIGHT_PATTERNS,
+    code_files,
+)
 from shortv_llava.checkpoint.processors import files_like, outdated_files
 from shortv_llava.checkpoint.source import CARD_FILE, INDEX_PATTERNS, split_revision
 from shortv_llava.errors import ShortVError, first_line, one_line
@@ -58,7 +65,6 @@ REPORT_FILES = (EVALUATION_FILE, EVAL_RESULTS_FILE, "calibration.json", "lc_scor
 SPACE_FILES = {"app.py": "chat/web.py"} | {
     f"shortv_llava/{name}": name for name in ("errors.py", "flops.py", "chat/images.py", "chat/prompts.py")
 }
-ROOT = Path(__file__).parents[1]  # the folder of the files that are published unchanged
 SPACE_REQUIREMENTS = "accelerate>=1.0\npillow>=10\ntorch>=2.6\ntransformers>=4.57\n"
 GRADIO_VERSION = "6.31.0"
 
@@ -309,7 +315,7 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
     wrong = [key for key in (*OWN_KEYS, "architectures") if config.get(key, "") != complete[key]]
     if wrong:
         raise ShortVError(f"{folder}: config.json lacks the right {', '.join(wrong)}; make the package again")
-    for name in CODE_FILES:
+    for name in code_files(config["model_type"]):
         if not (folder / name).is_file():
             raise ShortVError(f"{folder}: {name} is missing; make the package again")
         if (folder / name).read_bytes() != (ROOT / name).read_bytes():

@@ -18,10 +18,12 @@ def brute_force(stock, inputs, token_set, direction):
     rows = torch.arange(len(last))
     original = stock(**inputs).logits[rows, last].double().log_softmax(-1)
     scores = []
-    for layer in stock.model.language_model.layers:
+    for layer in tiny.decoder(stock).layers:
 
         def put_back(module, args, output):
-            return torch.where(token_set.unsqueeze(-1), args[0], output)
+            states = output[0] if isinstance(output, tuple) else output
+            states = torch.where(token_set.unsqueeze(-1), args[0], states)
+            return (states, *output[1:]) if isinstance(output, tuple) else states
 
         handle = layer.register_forward_hook(put_back)
         variant = stock(**inputs).logits[rows, last].double().log_softmax(-1)
@@ -77,7 +79,7 @@ def test_methods_left_in_the_modules_of_a_plain_model():
     expected = layer_contribution(stock, inputs)
     stock(**inputs, output_hidden_states=True)
     torch.testing.assert_close(layer_contribution(stock, inputs), expected, **tiny.CLOSE)
-    for layer in stock.model.language_model.layers:
+    for layer in tiny.decoder(stock).layers:
         hooks.add_hook_to_module(layer, hooks.ModelHook())
         hooks.add_hook_to_module(layer.self_attn, hooks.ModelHook())
     torch.testing.assert_close(layer_contribution(stock, inputs), expected, **tiny.CLOSE)
@@ -88,7 +90,7 @@ def test_number_of_layer_passes_and_no_trace_left(which):
     pair = dict(zip(("stock", "ours"), tiny.pair()))
     model = pair[which]
     inputs = tiny.batch(pair["stock"], "llava", ["ttIttt"])
-    layers = model.model.language_model.layers
+    layers = tiny.decoder(model).layers
     before = [(type(layer), vars(layer).get("forward")) for layer in layers]
     passes = []
     handles = [layer.register_forward_pre_hook(lambda layer, args: passes.append(len(args[0]))) for layer in layers]
@@ -135,14 +137,14 @@ def test_running_out_of_memory_halves_the_rows(monkeypatch):
     stock, ours = tiny.pair("llava", "llama", 2)
     inputs = tiny.batch(stock, "llava", ["ttIttt"])
     expected = contributions(ours, inputs)
-    forward = type(ours.model.language_model.layers[0]).forward
+    forward = type(tiny.decoder(ours).layers[0]).forward
 
     def small(self, hidden_states, **kwargs):
         if len(hidden_states) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return forward(self, hidden_states, **kwargs)
 
-    monkeypatch.setattr(type(ours.model.language_model.layers[0]), "forward", small)
+    monkeypatch.setattr(type(tiny.decoder(ours).layers[0]), "forward", small)
     budget = RowBudget()
     torch.testing.assert_close(contributions(ours, inputs, budget=budget), expected, **tiny.CLOSE)
     assert budget.rows <= 2
@@ -170,7 +172,7 @@ def test_offloaded_weights_move_once_a_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hooks, "set_module_tensor_to_device", count)
     torch.testing.assert_close(contributions(model, inputs, budget=RowBudget(1)), expected, **tiny.CLOSE)
-    assert len(moved) == 2 * sum(1 for _ in ours.model.language_model.layers[0].parameters())
+    assert len(moved) == 2 * sum(1 for _ in tiny.decoder(ours).layers[0].parameters())
     assert set(moved.values()) == {1}
 
 

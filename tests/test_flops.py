@@ -64,10 +64,30 @@ def test_multi_head_attention_gives_the_papers_formulas():
 
 
 def test_visual_tokens_of_an_image():
-    llava = SimpleNamespace(vision_config=SimpleNamespace(image_size=336, patch_size=14))
+    llava = SimpleNamespace(model_type="llava", vision_config=SimpleNamespace(image_size=336, patch_size=14))
     grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     assert image_tokens(llava) == 576
-    assert image_tokens(SimpleNamespace(vision_config=llava.vision_config, image_grid_pinpoints=grid)) == 2880
+    next_config = SimpleNamespace(model_type="llava_next", vision_config=llava.vision_config, image_grid_pinpoints=grid)
+    assert image_tokens(next_config) == 2880
+
+
+# Of the real configurations, as their processors cut and resize a picture of 640 x 480 pixels.
+@pytest.mark.parametrize(
+    "family, settings, expected",
+    [
+        ("gemma3", {"mm_tokens_per_image": 256}, 256),
+        ("internvl", {"image_seq_length": 256}, 13 * 256),
+        ("idefics3", {"scale_factor": 2, "vision_config": {"image_size": 364, "patch_size": 14}}, 13 * 169),
+        ("smolvlm", {"scale_factor": 4, "vision_config": {"image_size": 512, "patch_size": 16}}, 13 * 64),
+        ("mistral3", {"spatial_merge_size": 2, "vision_config": {"image_size": 1540, "patch_size": 14}}, 23 * 18),
+        ("qwen2_5_vl", {"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}, 23 * 18),
+        ("qwen3_vl", {"vision_config": {"patch_size": 16, "spatial_merge_size": 2}}, 20 * 15),
+    ],
+)
+def test_visual_tokens_of_other_families(family, settings, expected):
+    settings = {"vision_config": {}} | settings
+    vision = SimpleNamespace(**settings.pop("vision_config"))
+    assert image_tokens(SimpleNamespace(model_type=f"shortv_{family}", vision_config=vision, **settings)) == expected
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -32,7 +32,7 @@ def make_pair(blocks=FROZEN, backbone="llama", **settings):
 
 
 def layers_of(model):
-    return model.model.language_model.layers
+    return tiny.decoder(model).layers
 
 
 def assert_same(stock, ours, do, inputs, blocks=FROZEN, dense=True):
@@ -226,7 +226,7 @@ def knock_out_attention(model, inputs):
 def cut_layers(model, inputs):
     found = []
     for number in range(LAYERS - 1, 0, -1):
-        model.model.language_model.layers = layers_of(model)[:number]
+        tiny.decoder(model).layers = layers_of(model)[:number]
         found += logits(model, inputs)
     return found
 
@@ -375,9 +375,9 @@ def test_attention_told_not_to_be_causal(flash_kernel, implementation, padded): 
     for where in ("call", "configuration"):
         stock, ours = make_pair()
         for model in (stock, ours):
-            model.model.language_model.config._attn_implementation = implementation
+            tiny.decoder(model).config._attn_implementation = implementation
             if where == "configuration":
-                model.model.language_model.config.is_causal = False
+                tiny.decoder(model).config.is_causal = False
         inputs = tiny.batch(stock, "llava", rows, "right")
         told = {"is_causal": False} if where == "call" else {}
         assert_same(stock, ours, lambda model, inputs, told=told: logits(model, inputs | told), inputs)
@@ -411,7 +411,7 @@ def test_packed_rows(flash_kernel, implementation, told_by):  # noqa: F811
     """Training samples one behind the other in one row, which see nothing of each other."""
     stock, ours = make_pair()
     for model in (stock, ours):
-        model.model.language_model.config._attn_implementation = implementation
+        tiny.decoder(model).config._attn_implementation = implementation
     inputs = tiny.batch(stock, "llava", ["ttIttttttItttt"])
     inputs.pop("attention_mask")
     lengths = [9, 11]
@@ -445,7 +445,7 @@ def test_a_registered_attention_function(backbone, with_mask):
         AttentionMaskInterface.register(name, sdpa_mask)
     stock, ours = make_pair(backbone=backbone)
     for model in (stock, ours):
-        model.model.language_model.config._attn_implementation = name
+        tiny.decoder(model).config._attn_implementation = name
     assert_same(stock, ours, logits, tiny.batch(stock, "llava", ["ttItttt", "tttItttt"], "right"))
     assert_same(stock, ours, logits, tiny.batch(stock, "llava", ["ttItttt", "tttIttt"]))
 
@@ -502,8 +502,8 @@ def test_kvpress(kvpress, press):
         press_of = getattr(kvpress, press)(compression_ratio=0.4, **settings)
         handles = []
         for layer in layers_of(model):
-            if hasattr(model.model.language_model, "rotary_emb"):
-                layer.self_attn.rotary_emb = model.model.language_model.rotary_emb
+            if hasattr(tiny.decoder(model), "rotary_emb"):
+                layer.self_attn.rotary_emb = tiny.decoder(model).rotary_emb
             handles.append(layer.self_attn.register_forward_hook(press_of.forward_hook, with_kwargs=True))
         press_of.post_init_from_model(model)
         cache = DynamicCache()

@@ -72,7 +72,7 @@ def test_other_backbones(backbone, family, blocks):
 def test_hooks_on_norms_count(blocks):
     pair = [copy.deepcopy(model) for model in tiny.pair()]
     for model in pair:
-        for layer in model.model.language_model.layers:
+        for layer in tiny.decoder(model).layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.register_forward_hook(lambda module, args, output: output * module.weight)
     stock, ours = pair

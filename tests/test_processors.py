@@ -12,8 +12,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+import shortv_llava
 from hub import Hub
-from shortv_llava import CONFIG_CLASSES, ShortVLlavaForConditionalGeneration
+from shortv_llava import ShortVLlavaForConditionalGeneration
 from shortv_llava.chat.prompts import CHAT_SYSTEM, TUNING_SYSTEM, make_prompt, process
 from shortv_llava.checkpoint.chat_templates import FORMATS
 from shortv_llava.checkpoint.loading import load_model
@@ -91,7 +92,8 @@ def package(base, tmp_path):
 
     def make(**options):
         write_package(base, tmp_path / "package", replaced_layers=[1], **options)
-        for config_class in CONFIG_CLASSES:
+        for family in shortv_llava.LLAVA_FAMILIES.values():
+            config_class = getattr(shortv_llava, f"ShortV{family}Config")
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         return AutoProcessor.from_pretrained(tmp_path / "package")
 

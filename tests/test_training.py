@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from peft import LNTuningConfig, get_peft_model
+from processes import torchrun
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from processes import torchrun
 from shortv_llava.examples import finetune_lora
 
 LAYOUT = ["tttIttttt", "tIttItt", "tttttt"]
@@ -74,7 +74,7 @@ def test_gradient_checkpointing_changes_no_gradient(attn_implementation, use_ree
     def count(module, arguments):
         passes[module.layer_idx] += 1
 
-    for layer in ours.model.language_model.layers:
+    for layer in tiny.decoder(ours).layers:
         layer.self_attn.register_forward_pre_hook(count)
     ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_same_gradients(gradients(ours, inputs), expected)

@@ -24,11 +24,15 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.granite.modeling_granite import GraniteRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from shortv_llava import (
     ShortVLlavaConfig,
@@ -69,14 +73,25 @@ def exact_norm(norm_class):
         if states.dtype != torch.float64:
             return stock(self, states)
         epsilon = getattr(self, "variance_epsilon", None) or self.eps
-        weight = 1 + self.weight if norm_class is GemmaRMSNorm else self.weight
+        weight = 1 + self.weight if norm_class in (GemmaRMSNorm, Gemma3RMSNorm) else self.weight
         return weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
 
     return forward
 
 
-for norm_class in (GemmaRMSNorm, GraniteRMSNorm, LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+OWN_NORMS = {modeling_qwen2_vl: "Qwen2VLRMSNorm", modeling_qwen2_5_vl: "Qwen2_5_VLRMSNorm"}  # Qwen2's in transformers 4
+for norm_class in (
+    *(getattr(module, name) for module, name in OWN_NORMS.items() if hasattr(module, name)),
+    GemmaRMSNorm, Gemma3RMSNorm, GraniteRMSNorm, LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm,
+    Qwen3VLTextRMSNorm,
+):  # fmt: skip
     norm_class.forward = exact_norm(norm_class)
+
+
+def decoder(model):
+    """The language model without its head; transformers 4 finds that of Idefics3 only half."""
+    found = model.get_decoder()
+    return getattr(found, "text_model", found)
 
 
 def config_dict(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa", **text) -> dict:
@@ -128,10 +143,10 @@ def pair(family="llava", backbone="llama", kv_heads=2, attn_implementation="sdpa
     for name, weight in stock.named_parameters():
         if name.endswith("norm.weight"):  # ones, as they begin, would hide that a layer takes another's
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    decoder, correction = stock.model.language_model.layers, {}
+    layers, correction = decoder(stock).layers, {}
     if correction_rank:
-        correction = {"correction_rank": correction_rank, "corrected_layers": list(range(len(decoder)))}
-        for layer in decoder:
+        correction = {"correction_rank": correction_rank, "corrected_layers": list(range(len(layers)))}
+        for layer in layers:
             layer.correction = Correction(stock.config.text_config.hidden_size, correction_rank).double().eval()
     ours = our_class(our_config(**config_dict(*settings, **text), **correction)).double().eval()
     ours.load_state_dict(stock.state_dict())
@@ -202,7 +217,7 @@ def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), f
 
     Left out, they are found anew in every forward pass that gets images, and no other is touched, as `generate` needs.
     """
-    decoder = stock.model.language_model.layers
+    layers_of_stock = decoder(stock).layers
     find = visual is None
 
     def find_visual(module, args, kwargs):
@@ -236,12 +251,12 @@ def frozen(stock, visual: torch.Tensor | None = None, layers=(), attention=(), f
 
         return [block.register_forward_pre_hook(keep, with_kwargs=True), mlp.register_forward_hook(add)]
 
-    handles = [decoder[i].self_attn.register_forward_hook(zero_visual) for i in {*layers, *attention}]
-    handles += [decoder[i].mlp.register_forward_hook(zero_visual) for i in {*layers, *ffn}]
+    handles = [layers_of_stock[i].self_attn.register_forward_hook(zero_visual) for i in {*layers, *attention}]
+    handles += [layers_of_stock[i].mlp.register_forward_hook(zero_visual) for i in {*layers, *ffn}]
     for i in {*layers, *ffn}:
-        if hasattr(decoder[i], "correction"):
-            block = decoder[i].self_attn if i in layers else decoder[i].mlp
-            handles += add_correction(decoder[i].mlp, decoder[i].correction, block)
+        if hasattr(layers_of_stock[i], "correction"):
+            block = layers_of_stock[i].self_attn if i in layers else layers_of_stock[i].mlp
+            handles += add_correction(layers_of_stock[i].mlp, layers_of_stock[i].correction, block)
     if find:
         handles.append(stock.model.register_forward_pre_hook(find_visual, with_kwargs=True))
     try:
