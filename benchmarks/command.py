@@ -136,11 +136,15 @@ def prefill(options: PrefillOptions) -> None:
 
 @app.command()
 def methods(
-    model: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Package that `calibrate --fraction 1` made.")
-    ],
+    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Package with scores of all layers.")],
     questions: Annotated[Path, typer.Option(exists=True, help="Questions with answers, in LLaVA's JSONL.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the pictures they name.")],
+    corrected: Annotated[
+        list[Path],
+        typer.Option(
+            exists=True, file_okay=False, help="Package with corrections for its layers. Repeat it for several."
+        ),
+    ] = [],  # noqa: B006
     metric: Annotated[str, typer.Option(help="What scores the answers, as of `shortv evaluate`.")] = "gqa",
     ratio: Annotated[
         list[float],
@@ -158,7 +162,7 @@ def methods(
 
     Example:
 
-        shortv bench methods my-package --questions mine.jsonl --images photos
+        shortv bench methods my-package --corrected my-corrected --questions mine.jsonl --images photos
     """
     check_metric(metric)
     check_writable(output)
@@ -166,7 +170,7 @@ def methods(
         from shortv_llava.benchmarks.methods import run
 
     settings = {"dtype": dtype, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    run(model, questions, images, metric, ratio, **settings, output=output)
+    run(model, corrected, questions, images, metric, ratio, **settings, output=output)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.chat.prompts import visual_tokens
+from shortv_llava.checkpoint.config import LAYER_LISTS, config_object, read_config
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
@@ -33,30 +34,22 @@ class Method(NamedTuple):
 
 
 class Methods:
-    """The methods that one calibrated model can use, for prompts with given numbers of tokens.
-
-    Corrected layers are replaced in the configuration's order, layers without corrections by its LC scores.
-    """
+    """The methods that one scored model can use without corrections, for prompts with given numbers of tokens."""
 
     def __init__(self, config, tokens: Tokens):
         self.config, self.tokens, self.num_layers = config, tokens, config.text_config.num_hidden_layers
-        self.units = Units(config, "layer")
-        self.corrected_order, self.order = list(config.replaced_layers), lowest(config.lc_scores)
+        self.units, self.order = Units(config, "layer"), lowest(config.lc_scores)
 
-    def flops_ratio(self, layers: Sequence[int] = (), dropping: Dropping | None = None, corrects: bool = False):
-        variant = Variant("", self.units.frozen(layers), dropping, corrects)
-        return variant.flops_ratio(self.config, self.tokens.text, self.tokens.visual)
+    def flops_ratio(self, layers: Sequence[int] = (), dropping: Dropping | None = None):
+        variant = Variant("", self.units.frozen(layers), dropping, corrects=False)
+        return variant.flops_ratio(self.config, *reversed(self.tokens))
 
     def reaching(self, ratio: float) -> Iterator[Method]:
         """Every method that can reach this ratio, each with as little dropped or frozen as that needs."""
         fastv = self.first(ratio, (self.fastv(kept) for kept in reversed(range(self.tokens.visual))))
         less = fastv and Dropping(FASTV_LAYER, fastv.share / 2)
-        orders = [("ShortV", self.order, False)]
-        if self.config.corrected_layers:
-            orders.append(("ShortV, corrected", self.corrected_order, True))
         for dropping in (None, less) if less else (None,):
-            for name, order, corrects in orders:
-                yield from self.shortv(name + " + FastV" * (dropping is not None), ratio, [order], dropping, corrects)
+            yield from self.shortv("ShortV" + " + FastV" * (dropping is not None), ratio, [self.order], dropping)
         for name, dropping in (("FastV", fastv), ("VTW", self.vtw(ratio))):
             if dropping:
                 variant = Variant(name, self.units.frozen([]), dropping)
@@ -73,25 +66,15 @@ class Methods:
         return self.first(ratio, (Dropping(layer, 1.0) for layer in reversed(range(1, self.num_layers))))
 
     def shortv(
-        self,
-        name: str,
-        ratio: float,
-        orders: Sequence[list[int]],
-        dropping: Dropping | None = None,
-        corrects: bool = False,
+        self, name: str, ratio: float, orders: Sequence[list[int]], dropping: Dropping | None = None
     ) -> Iterator[Method]:
-        """The method with as many layers of each order as the ratio needs; nothing if all layers are not enough.
-
-        Corrections are fitted for all layers of their order together: a method with corrections must need all of them.
-        """
+        """The method with as many layers of each order as the ratio needs; nothing if all layers are not enough."""
         for number in range(1, len(orders[0]) + 1):
-            found = self.flops_ratio(orders[0][:number], dropping, corrects)
+            found = self.flops_ratio(orders[0][:number], dropping)
             if found <= ratio:
-                if corrects and number < len(orders[0]):
-                    return
                 file_name = name.lower().replace(", ", "-").replace(" ", "")
                 variants = [
-                    Variant(f"{file_name}-{draw}", self.units.frozen(order[:number]), dropping, corrects)
+                    Variant(f"{file_name}-{draw}", self.units.frozen(order[:number]), dropping, corrects=False)
                     for draw, order in enumerate(orders)
                 ]
                 detail = f"{number} layers" + (f", {described(dropping)}" if dropping else "")
@@ -141,34 +124,77 @@ def mean_tokens(answerer: Answerer, questions: Sequence[Question]) -> Tokens:
     return Tokens(mean, round(statistics.mean(whole)) - mean)
 
 
-def run(model: Path, questions: Path, images: Path, metric: str, ratios: Sequence[float], **settings) -> None:
+class Bench(NamedTuple):
+    """Questions, and settings of the models that answer them."""
+
+    asked: Sequence[Question]
+    metric: str
+    dtype: str
+    batch_size: int
+    max_new_tokens: int
+    output: Path
+
+    def answerer(self, model: Path) -> Answerer:
+        loaded = load(str(model), dtype=self.dtype)
+        return Answerer(loaded.model, loaded.processor, self.batch_size, self.max_new_tokens, shared_prefix=False)
+
+    def results(self, answerer: Answerer, variants: Sequence[Variant], name: str, model: Path) -> dict[str, Result]:
+        dense = Variant(DENSE, dict.fromkeys(variants[0].frozen, ()))
+        found = evaluate(answerer, self.asked, [dense, *variants], self.output / name, model.name, self.metric)
+        return {result.name: result for result in found}
+
+
+def run(
+    model: Path,
+    corrected: Sequence[Path],
+    questions: Path,
+    images: Path,
+    metric: str,
+    ratios: Sequence[float],
+    **settings,
+) -> None:
     """Compare answers at equal FLOPs: ShortV plain and corrected, FastV, VTW, ShortV with FastV, and random layers.
 
     Args:
-        settings: `dtype`, `batch_size` and `max_new_tokens` of the model and its answers, `output` for answers.
+        model: package with scores of all layers.
+        corrected: packages of the same base with corrections, each with the layers that they were fitted for. It
+            stands beside the methods of the least ratio that it comes down to.
+        settings: `dtype`, `batch_size` and `max_new_tokens` of the models and their answers, `output` for answers.
 
     Raises:
-        ShortVError: if the model has no order of all its layers, or a question has no reference.
+        ShortVError: if the model has no scores, a corrected one no corrections, or a question no reference.
     """
-    asked = read_questions(questions, images)
-    check_references(metric, asked)
-    loaded = load(str(model), dtype=settings["dtype"])
-    config = loaded.model.config
-    if config.lc_scores is None or len(config.replaced_layers) < config.text_config.num_hidden_layers:
-        raise ShortVError(f"{model}: names no order of all layers; make it with shortv calibrate --fraction 1")
-    answers = settings["batch_size"], settings["max_new_tokens"]
-    answerer = Answerer(loaded.model, loaded.processor, *answers, shared_prefix=False)
-    methods = Methods(config, mean_tokens(answerer, asked[:20]))
+    bench = Bench(read_questions(questions, images), metric, **settings)
+    check_references(metric, bench.asked)
+    for package in corrected:
+        if not read_config(package).get("corrected_layers"):
+            raise ShortVError(f"{package}: has no corrections; make it with shortv calibrate --correction-rank")
+    if read_config(model).get("lc_scores") is None:
+        raise ShortVError(f"{model}: has no scores of its layers; make it with shortv calibrate")
+    answerer = bench.answerer(model)
+    methods = Methods(answerer.model.config, mean_tokens(answerer, bench.asked[:20]))
+    beside = {ratio: [] for ratio in ratios}
+    for package in corrected:
+        config = config_object(read_config(package))
+        variant = Variant("shortv-corrected", dict(zip(LAYER_LISTS, map(config.__getattribute__, LAYER_LISTS))))
+        found = variant.flops_ratio(config, *reversed(methods.tokens))
+        method = Method("ShortV, corrected", f"{len(config.replaced_layers)} layers", [variant], found)
+        reached = [ratio for ratio in ratios if found <= ratio]
+        beside[min(reached, default=max(ratios))].append((package, method))
     table = Table("method", "how", "FLOPs", "KL", "agreement", f"{metric} [95%]", "prefill, s", box=box.MARKDOWN)
     for ratio in ratios:
         found = list(methods.reaching(ratio))
-        variants = [Variant(DENSE, methods.units.frozen([])), *(each for method in found for each in method.variants)]
-        results = evaluate(answerer, asked, variants, settings["output"] / f"{ratio:g}", model.name, metric)
-        of = {result.name: result for result in results}
+        variants = [variant for method in found for variant in method.variants]
+        of = bench.results(answerer, variants, f"{ratio:g}", model)
+        rows = [row(method, [of[variant.name] for variant in method.variants]) for method in found]
+        for package, method in beside[ratio]:
+            of_package = bench.results(bench.answerer(package), method.variants, f"{ratio:g}-{package.name}", package)
+            rows.insert(1, row(method, [of_package[method.variants[0].name]]))
         if not table.rows:
-            found.insert(0, Method(DENSE, "", variants[:1], 1.0))
-        for method in found:
-            table.add_row(*row(method, [of[variant.name] for variant in method.variants]))
+            rows.insert(0, row(Method(DENSE, "", [], 1.0), [of[DENSE]]))
+        for cells in rows:
+            table.add_row(*cells)
         table.add_section()
-    print(f"{methods.tokens.text} text and {methods.tokens.visual} visual tokens a prompt, {len(asked)} questions")
+    visual, text = methods.tokens
+    print(f"{text} text and {visual} visual tokens a prompt, {len(bench.asked)} questions")
     Console(width=200).print(table)

@@ -63,7 +63,7 @@ def test_methods_come_down_to_a_ratio_and_no_further_than_it_takes():
     )
     methods = Methods(config, Tokens(576, 64))
     found = {method.name: method for method in methods.reaching(0.55)}
-    assert list(found) == ["ShortV", "ShortV + FastV", "FastV", "VTW", "random layers"]  # there are no corrections
+    assert list(found) == ["ShortV", "ShortV + FastV", "FastV", "VTW", "random layers"]
     assert all(0.5 < method.flops_ratio <= 0.55 for method in found.values())
     layers = found["ShortV"].variants[0].frozen["replaced_layers"]
     assert layers == list(range(31, 31 - len(layers), -1)) and methods.flops_ratio(layers[:-1]) > 0.55
@@ -81,20 +81,29 @@ def test_methods_answer_the_same_questions(tmp_path):
     samples = CHECKPOINT.parent / "samples"
     (tmp_path / "questions.jsonl").write_text("".join((samples / "questions.jsonl").open().readlines()[:2]))
     arguments = "--questions", tmp_path / "questions.jsonl", "--images", samples / "images", "--ratio", 0.75
-    arguments = "methods", tmp_path / "package", *arguments, "--max-new-tokens", 2, "--output", tmp_path / "out"
+    maps = {"down.weight": torch.zeros(2, 192), "up.weight": torch.zeros(192, 2), "up.bias": torch.zeros(192)}
+    settings = {"replaced_layers": order[:8], "correction_rank": 2, "corrected_layers": [4]}
+    corrections = {f"layers.4.correction.{name}": tensor for name, tensor in maps.items()}
+    write_package(CHECKPOINT, tmp_path / "corrected", corrections=corrections, **settings)
+    arguments = *arguments, "--corrected", tmp_path / "corrected", "--max-new-tokens", 2, "--output", tmp_path / "out"
+    arguments = "methods", tmp_path / "package", *arguments
     printed = bench(*map(str, arguments))
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in lines]
-    assert names == ["method", "dense", "ShortV", "ShortV + FastV", "FastV", "VTW", "random layers"]
-    assert "0.000" in lines[1] and " 1.00 " in lines[1]
+    others = ["ShortV + FastV", "FastV", "VTW", "random layers"]
+    assert names == ["method", "dense", "ShortV", "ShortV, corrected", *others]
+    assert "8 layers" in lines[3] and "0.000" in lines[1] and " 1.00 " in lines[1]
 
 
-def test_methods_need_an_order_of_all_layers(tmp_path):
+def test_methods_need_scores_and_corrections(tmp_path):
     write_package(CHECKPOINT, tmp_path / "package", replaced_layers=[1])
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "What?", "answer": "a"}')
     arguments = "--questions", tmp_path / "questions.jsonl", "--images", tmp_path, "--output", tmp_path / "out"
-    with pytest.raises(ShortVError, match="calibrate --fraction 1"):
-        bench("methods", *map(str, (tmp_path / "package", *arguments)))
+    arguments = "methods", tmp_path / "package", *arguments
+    with pytest.raises(ShortVError, match="no scores"):
+        bench(*map(str, arguments))
+    with pytest.raises(ShortVError, match="no corrections"):
+        bench(*map(str, (*arguments, "--corrected", tmp_path / "package")))
 
 
 @pytest.mark.slow
