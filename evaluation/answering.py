@@ -1,7 +1,7 @@
 """Answer many questions in batches; the common prefix of prompts about one picture is prefilled once."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,13 @@ class Answered(NamedTuple):
     logits: torch.Tensor
     prompted: Tokens
     prefilled: Tokens
+
+
+def sliding_window(config) -> int | None:
+    """Tokens that attention of some layer is limited to; None if there is no limit."""
+    text, window = config.text_config, getattr(config.text_config, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    return window if types is None or "sliding_attention" in types else None
 
 
 class _FirstLogits(LogitsProcessor):
@@ -182,8 +189,8 @@ class Answerer:
         self.model(**inputs, **{cache_name(): cache}, use_cache=True, logits_to_keep=1)
         deltas = self.model.model.rope_deltas if self.has_three_positions else None
         answers, logits = [""] * len(batch), [None] * len(batch)
-        for start in range(0, len(rests), self.batch_size):
-            numbers, indices, ids = zip(*rests[start : start + self.batch_size])
+        for part in self._parts(rests, inputs["input_ids"].shape[1]):
+            numbers, indices, ids = zip(*part)
             indices, tail = torch.tensor(indices, device=self.model.device), self._pad(ids)
 
             def of_rows(states: torch.Tensor, indices=indices) -> torch.Tensor:
@@ -199,6 +206,23 @@ class Answerer:
             for number, answer, row in zip(numbers, *self._generate(joined, **{cache_name(): copied})):
                 answers[number], logits[number] = answer, row
         return Answered(answers, torch.stack(logits), prompted, prefilled)
+
+    def _parts(self, rests: list[tuple[int, int, list[int]]], num_before: int) -> Iterator[list]:
+        """Rests of prompts (number, index of its beginning, ids) to answer together, behind `num_before` tokens.
+
+        Shorter rests are padded behind their beginnings. A sliding window counts this padding, so where it could end
+        within the prompt only rests of one length go together.
+        """
+        window, longest = sliding_window(self.model.config), max(len(ids) for _, _, ids in rests)
+        alike = [rests]
+        if window and num_before + longest + self.generation["max_new_tokens"] > window:
+            by_length = {}
+            for rest in rests:
+                by_length.setdefault(len(rest[2]), []).append(rest)
+            alike = by_length.values()
+        for several in alike:
+            for start in range(0, len(several), self.batch_size):
+                yield several[start : start + self.batch_size]
 
     def _rows_of_group(self, first: list[int], prompts: list[str], question: Question) -> list[list[int]]:
         """Token ids of prompts about the question's one picture, the first of which has the ids `first`."""
