@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shortv_llava.calibrate.contribution import visual_tokens
 from shortv_llava.calibrate.selection import Units, lowest
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
@@ -80,10 +80,15 @@ class Methods:
         dropping: Dropping | None = None,
         corrects: bool = False,
     ) -> Iterator[Method]:
-        """The method with as many layers of each order as the ratio needs; nothing if all layers are not enough."""
+        """The method with as many layers of each order as the ratio needs; nothing if all layers are not enough.
+
+        Corrections are fitted for all layers of their order together: a method with corrections must need all of them.
+        """
         for number in range(1, len(orders[0]) + 1):
             found = self.flops_ratio(orders[0][:number], dropping, corrects)
             if found <= ratio:
+                if corrects and number < len(orders[0]):
+                    return
                 file_name = name.lower().replace(", ", "-").replace(" ", "")
                 variants = [
                     Variant(f"{file_name}-{draw}", self.units.frozen(order[:number]), dropping, corrects)

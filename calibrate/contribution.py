@@ -18,6 +18,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from shortv_llava.calibrate import Direction, Granularity, Tokens
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import text_decoder
 from shortv_llava.modeling_shortv_llava import SHORTV_LAYERS, Correction, FrozenTokens
 
@@ -163,12 +164,6 @@ def token_set(model, inputs, tokens: Tokens) -> torch.Tensor:
     if tokens == "all":
         return torch.ones_like(visual)
     raise ValueError(f"tokens must be 'visual', 'text' or 'all', got {tokens!r}")
-
-
-def visual_tokens(config, ids: torch.Tensor) -> torch.Tensor:
-    """Which of the ids (B, S) stand for visual tokens, boolean; frames of videos count."""
-    names = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
-    return torch.isin(ids, torch.tensor([getattr(config, name) for name in names], device=ids.device))
 
 
 def last_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

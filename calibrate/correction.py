@@ -237,9 +237,9 @@ def make_correction(factors: Factors, like: torch.Tensor) -> Correction:
 
 
 def correction_tensors(corrections: dict[int, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of the corrections, with names as in LLaVA's files on the Hub."""
+    """Tensors of the corrections, with names relative to the language model, see [`put_corrections`]."""
     return {
-        f"language_model.model.layers.{layer}.correction.{name}": part.to(dtype)
+        f"layers.{layer}.correction.{name}": part.to(dtype)
         for layer, factors in corrections.items()
         for name, part in zip(("down.weight", "up.weight", "up.bias"), factors)
     }

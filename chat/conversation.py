@@ -1,12 +1,14 @@
 """A conversation about pictures, with a KV cache that is kept between turns."""
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -14,18 +16,42 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from shortv_llava.chat.prompts import chat_system, tokenize
+from shortv_llava.chat.prompts import chat_system, picture_mark, process, visual_tokens
 from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.errors import ShortVError
+
+# Inputs with an entry for each token; the last two tell text from images, for Gemma 3's masks and Qwen's positions.
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+class RopePositions(NamedTuple):
+    """Positions of a prompt's tokens (3, 1, S), time, height, width, and how far text behind it is from its place."""
+
+    prompt: torch.Tensor
+    delta: int
+
+    def of(self, start: int, number: int) -> torch.Tensor:
+        """(3, 1, number), of tokens of the prompt or behind it."""
+        behind = torch.arange(start, start + number).expand(3, 1, -1) + self.delta
+        return behind if start >= self.prompt.shape[2] else self.prompt[:, :, start : start + number]
+
+
+def rope_positions(model, inputs) -> RopePositions | None:
+    """Positions of a prompt, for models whose visual tokens have three, as Qwen's."""
+    if not hasattr(model.model, "get_rope_index"):
+        return None
+    taken = inspect.signature(model.model.get_rope_index).parameters
+    positions, delta = model.model.get_rope_index(**{name: inputs[name] for name in taken if name in inputs})
+    return RopePositions(positions, int(delta))
 
 
 @dataclass(eq=False)  # compared by identity: a file attached twice is two pictures
 class Picture:
-    """An image and its model inputs."""
+    """An image and the number of its visual tokens."""
 
     source: str
+    image: Image.Image
     num_tokens: int
-    inputs: dict[str, torch.Tensor]  # `pixel_values` and, for LLaVA-NeXT, `image_sizes`; of shape `(1, ...)`
 
 
 @dataclass
@@ -92,10 +118,9 @@ class Conversation:
 
     def attach(self, image: Image.Image, source: str) -> None:
         """Attach an image to the next question. `source` is its file or URL."""
-        inputs = self.processor(text=self.processor.image_token, images=image, return_tensors="pt")
-        num_tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
-        kept = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
-        self.pending = [*self.pending, Picture(source, num_tokens, kept)]
+        ids = process(self.processor, [picture_mark(self.processor)], [image])["input_ids"]
+        num_tokens = int(visual_tokens(self.model.config, ids).sum())
+        self.pending = [*self.pending, Picture(source, image, num_tokens)]
 
     def ask(self, question: str) -> Iterator[str]:
         """Stream the answer. If the iterator is closed early or interrupted, the answer so far is kept.
@@ -184,22 +209,18 @@ class Conversation:
 
     def _sequence(self, turns: Sequence[Turn]) -> list[int | Picture]:
         """The prompt with one entry a token: its id, or the picture for each of a picture's visual tokens."""
-        [ids] = tokenize(self.processor, [self._render(turns)])
+        prompt, mark = self._render(turns), picture_mark(self.processor)
         pictures = [picture for turn in turns for picture in turn.pictures]
-        places = ids.count(self.model.config.image_token_id)
-        if places != len(pictures):
-            mark = self.processor.image_token
+        if (places := prompt.count(mark)) != len(pictures):
             raise ShortVError(
                 f"{places} times {mark} for {len(pictures)} images; leave {mark} out of questions, /image adds an image"
             )
-        remaining, sequence = iter(pictures), []
-        for token in ids:
-            if token == self.model.config.image_token_id:
-                picture = next(remaining)
-                sequence += [picture] * picture.num_tokens
-            else:
-                sequence.append(token)
-        return sequence
+        self.inputs = process(self.processor, [prompt], [picture.image for picture in pictures])
+        self.positions = rope_positions(self.model, self.inputs)
+        ids = self.inputs["input_ids"][0]
+        visual = visual_tokens(self.model.config, ids).tolist()
+        remaining = chain.from_iterable([picture] * picture.num_tokens for picture in pictures)
+        return [next(remaining) if is_visual else token for token, is_visual in zip(ids.tolist(), visual)]
 
     def _keep_common(self, sequence: list[int | Picture]) -> list[int | Picture]:
         """Cut the cache to its longest common prefix with the sequence. Returns the rest, at least one token."""
@@ -216,12 +237,18 @@ class Conversation:
     @torch.no_grad()
     def _forward(self, entries: list[int | Picture]) -> torch.Tensor:
         """Add tokens to the cache. Returns the logits `(1, vocabulary)` after the last token."""
-        image_token = self.model.config.image_token_id
-        pictures = list(dict.fromkeys(entry for entry in entries if isinstance(entry, Picture)))
+        image_token, start = self.model.config.image_token_id, len(self.cached)
         inputs = {"input_ids": torch.tensor([[image_token if isinstance(e, Picture) else e for e in entries]])}
-        for key in pictures[0].inputs if pictures else ():  # padded: LLaVA-NeXT's images differ in tiles
-            inputs[key] = pad_sequence([picture.inputs[key][0] for picture in pictures], batch_first=True)
-        inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+        pictures = list(dict.fromkeys(entry for entry in entries if isinstance(entry, Picture)))
+        if pictures:
+            marks = picture_mark(self.processor) * len(pictures)
+            found = process(self.processor, [marks], [picture.image for picture in pictures])
+            inputs |= {name: value for name, value in found.items() if name not in PER_TOKEN}
+        if "token_type_ids" in self.inputs and start < self.inputs["input_ids"].shape[1]:  # in Gemma 3's prompt
+            inputs["token_type_ids"] = self.inputs["token_type_ids"][:, : start + len(entries)]
+        if self.positions is not None:
+            inputs["position_ids"] = self.positions.of(start, len(entries))
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         output = self.model(**inputs, **{cache_name(): self.cache}, use_cache=True, logits_to_keep=1)
         self.cached += entries  # only after the pass: `_keep_common` cuts off what an interrupted pass left
         return output.logits[:, -1].float()

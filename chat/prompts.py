@@ -5,6 +5,7 @@ LLaVA's terminal chat and Q-Bench use the second.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 from shortv_llava.errors import ShortVError
 
@@ -19,6 +20,15 @@ SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 
+# Processors that take the pictures of each prompt in a list of its own.
+PICTURES_BY_PROMPT = ("Gemma3Processor", "Idefics3Processor", "SmolVLMProcessor")
+
+
+def picture_mark(processor) -> str:
+    """What stands for a picture in a prompt: the image token, but the token that begins an image for Gemma 3."""
+    return getattr(processor, "boi_token", None) or processor.image_token
+
+
 def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: str = TUNING_SYSTEM) -> str:
     """The prompt of a first turn, up to the beginning of the answer.
 
@@ -28,7 +38,7 @@ def make_prompt(processor, question: str, num_images: int = 1, vicuna_system: st
         vicuna_system: Vicuna's system sentence, added if the chat template has none, as in llava-hf's. Other models use
             their template's system sentence.
     """
-    num_first = num_images - question.count(processor.image_token)
+    num_first = num_images - question.count(picture_mark(processor))
     content = [{"type": "image"}] * num_first + [{"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     if prompt.startswith("USER:"):
@@ -58,14 +68,24 @@ def process(processor, prompts: Sequence[str], images: Sequence, **kwargs):
         images: pictures of all prompts, in one list.
         kwargs: further arguments of the processor.
     """
+    pictures = list(images)
+    if pictures and type(processor).__name__ in PICTURES_BY_PROMPT:
+        remaining = iter(pictures)
+        pictures = [list(islice(remaining, prompt.count(picture_mark(processor)))) for prompt in prompts]
     return processor(
         text=list(prompts),
-        images=list(images) or None,
+        images=pictures or None,
         padding=True,
         return_tensors="pt",
         add_special_tokens=adds_special_tokens(processor, prompts),
         **kwargs,
     )
+
+
+def visual_tokens(config, ids):
+    """Which of the ids, a tensor (B, S), stand for visual tokens: boolean (B, S). Frames of videos count."""
+    image, video = config.image_token_id, getattr(config, "video_token_id", None)
+    return ids == image if video is None else (ids == image) | (ids == video)
 
 
 def check_length(config, num_tokens: int, what: str) -> None:
@@ -78,6 +98,6 @@ def check_length(config, num_tokens: int, what: str) -> None:
 
 
 def tokenize(processor, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts that already have a placeholder for every visual token."""
+    """Token ids of prompts as they are: a picture's mark is one token."""
     start = adds_special_tokens(processor, prompts)
     return processor.tokenizer(list(prompts), add_special_tokens=start)["input_ids"]

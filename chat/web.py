@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shortv_llava.chat.images import open_image
-from shortv_llava.chat.prompts import chat_system
+from shortv_llava.chat.prompts import chat_system, picture_mark, visual_tokens
 from shortv_llava.errors import ShortVError
 from shortv_llava.flops import flops_ratio, replacement_order
 
@@ -44,8 +44,8 @@ def generate(model, processor, messages: list[dict], max_new_tokens: int) -> Ite
     room = model.config.text_config.max_position_embeddings - length
     if room < 1:
         raise ShortVError(f"{length} tokens are too many for the model's context; start a new conversation.")
-    visual_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    ratio = flops_ratio(model.config, length - visual_tokens, visual_tokens)
+    visual = int(visual_tokens(model.config, inputs["input_ids"]).sum())
+    ratio = flops_ratio(model.config, length - visual, visual)
     ends = model.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     answer, seconds = [], None
@@ -95,8 +95,8 @@ class Sides:
             yield {("figure", SHORTV): message.replace("<", "\\<"), "box": question}  # Markdown would swallow it
 
     def answer(self, file: str | None, question: str, number: int, compare: bool, chats: Chats) -> Iterator[dict]:
-        if self.processor.image_token in question:
-            raise ShortVError(f"Leave {self.processor.image_token} out of the question.")
+        if (mark := picture_mark(self.processor)) in question:
+            raise ShortVError(f"Leave {mark} out of the question.")
         picture, updates = None if file is None else open_image(Path(file)), {}
         for side in (SHORTV, DENSE) if compare else (SHORTV,):
             content = [{"type": "text", "text": question}]

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shortv_llava import LLAVA_FAMILIES
 from shortv_llava.checkpoint.config import class_of, config_object, read_config
 from shortv_llava.checkpoint.processors import process_probe
 from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json
 
+# Families whose vision tower can run on shapes alone; those of others read values of sizes and masks. So does Pixtral.
+SHAPES_ALONE = (*LLAVA_FAMILIES, "gemma3", "internvl")
 LOADING_FAULTS = {  # key of transformers' report: message
     "missing_keys": "{} missing keys in the weights",
     "unexpected_keys": "{} unexpected keys in the weights",
@@ -122,7 +125,8 @@ def check_pictures(folder: Path, model, processor) -> None:
     """
     import torch
 
-    if model.config.vision_config.model_type == "pixtral":  # computes with values, which are not there
+    family = model.config.model_type.removeprefix("shortv_")
+    if family not in SHAPES_ALONE or model.config.vision_config.model_type == "pixtral":
         return
     inputs = process_probe(processor)
     num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())

@@ -174,6 +174,10 @@ def _put_weights(base: Path, target: Path, weights: bool) -> None:
 def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
     """Add tensors to the weights of a folder, in a separate file and in the index.
 
+    Args:
+        tensors: by name relative to the language model, such as `layers.3.correction.up.bias`; the file's names begin
+            as those of the folder's weights do.
+
     Raises:
         ShortVError: if the weights are not in safetensors files.
     """
@@ -193,6 +197,9 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
         )
     (folder / CORRECTION_FILE).unlink(missing_ok=True)  # the base's corrections
     if tensors:
+        known = "layers.0.input_layernorm.weight"  # of the language model alone
+        before = next(name.removesuffix(known) for name in found["weight_map"] if name.endswith(known))
+        tensors = {before + name: tensor for name, tensor in tensors.items()}
         save_file(tensors, folder / CORRECTION_FILE, {"format": "pt"})
     kept = {name: file for name, file in found["weight_map"].items() if file != CORRECTION_FILE}
     found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)

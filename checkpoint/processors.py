@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
-from shortv_llava.chat.prompts import make_prompt, process
+from shortv_llava import LLAVA_FAMILIES
+from shortv_llava.chat.prompts import make_prompt, picture_mark, process
 from shortv_llava.checkpoint.chat_templates import FORMATS, format_of
 from shortv_llava.errors import ShortVError, first_line, one_line
 from shortv_llava.files.json_files import read_json, write_json
@@ -38,15 +39,24 @@ PROCESSOR_PATTERNS = (
     "additional_chat_templates/*",
 )
 PROCESSOR_CLASSES = {
+    "gemma3": "Gemma3Processor",
+    "idefics3": "Idefics3Processor",
+    "internvl": "InternVLProcessor",
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
     "vipllava": "LlavaProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_next_video": "LlavaNextVideoProcessor",
+    "mistral3": "PixtralProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "smolvlm": "SmolVLMProcessor",
 }
 # For these model types transformers uses tokenizer.json unchanged, whatever class tokenizer_config.json names; see its
-# MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS. For model types that it does not know, it would rebuild the tokenizer.
-TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "vipllava")
+# MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS and TOKENIZER_MAPPING_NAMES. For model types that it does not know, it would
+# rebuild the tokenizer.
+TOKENIZERS_TAKEN_AS_THEY_STAND = ("llava", "llava_next", "mistral3", "smolvlm", "vipllava")
 # Image processors that cut pictures into tiles; other families work with any image processor without tiles.
 IMAGE_PROCESSORS_OF_TILES = {
     "llava_next": "LlavaNextImageProcessor",
@@ -91,7 +101,8 @@ def write_processor(
         if chat_template is None:
             return None, [*notes, f"its processor could not be tried here: {first_line(error)}"]
         raise
-    _find_image_token(processor, target, config)
+    if config.model_type.removeprefix("shortv_") in LLAVA_FAMILIES:
+        _find_image_token(processor, target, config)
     try:
         problem = problem_of(processor)
     except ShortVError as error:
@@ -168,7 +179,7 @@ def problem_of(processor) -> str | None:
         prompt = make_prompt(processor, PROBE)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"it fails ({first_line(error)})"
-    if (number := prompt.count(processor.image_token)) != 1:
+    if (number := prompt.count(picture_mark(processor))) != 1:
         return f"it gives {number} image tokens for one picture"
     if PROBE not in prompt:
         return "it changes the question's text"
@@ -276,16 +287,16 @@ def _tokenizer_settings(settings: dict, family: str, folder: Path) -> None:
 
 
 def _processor_settings(settings: dict, config, notes: list[str]) -> None:
-    """Copy the settings that LLaVA's processors need from config.json."""
-    vision = config.vision_config
+    """Name the family's processor, and copy the settings that LLaVA's processors need from config.json."""
+    vision, family = config.vision_config, config.model_type.removeprefix("shortv_")
     pixtral = vision.model_type == "pixtral"
-    wanted = "PixtralProcessor" if pixtral else PROCESSOR_CLASSES[config.model_type.removeprefix("shortv_")]
+    wanted = "PixtralProcessor" if pixtral else PROCESSOR_CLASSES[family]
     named = settings.get("processor_class")
     if named != wanted:
         if named is not None:
             notes.append(f"processor_config.json: named {named}, which is another family's; it gets {wanted}")
         settings["processor_class"] = wanted
-    if pixtral:
+    if pixtral or family not in LLAVA_FAMILIES:
         return
     needed = {"vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default")}
     if wanted == "LlavaOnevisionProcessor":

@@ -7,10 +7,20 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from shortv_llava.chat.prompts import TUNING_SYSTEM, check_length, make_prompt, process, tokenize
+from shortv_llava.chat.prompts import (
+    TUNING_SYSTEM,
+    check_length,
+    make_prompt,
+    picture_mark,
+    process,
+    tokenize,
+    visual_tokens,
+)
 from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.checkpoint.processors import pads
 from shortv_llava.evaluation.questions import Question, open_images
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # tell images from text, for Gemma 3 and Qwen
 
 
 class Tokens(NamedTuple):
@@ -83,9 +93,10 @@ class Answerer:
         self.model, self.processor, self.batch_size, self.seed = model, processor, batch_size, seed
         self.vicuna_system = vicuna_system
         processor.tokenizer.padding_side = "left"
+        self.has_three_positions = hasattr(model.model, "get_rope_index")  # of a visual token, as Qwen's
         question = "\N{ASTERISM}"
         prompt = make_prompt(processor, question, 1, vicuna_system)
-        self.shared_prefix = shared_prefix and prompt.index(processor.image_token) < prompt.index(question)
+        self.shared_prefix = shared_prefix and prompt.index(picture_mark(processor)) < prompt.index(question)
         self.generation = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
         if temperature > 0:
             self.generation |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -150,10 +161,8 @@ class Answerer:
         for index, group in enumerate(groups):
             ids, mask = inputs["input_ids"][index], inputs["attention_mask"][index]
             visual, rows = self._num_visual(ids), [ids[mask.bool()].tolist()]
-            if len(group) > 1:  # they have one picture
-                placeholders = self.processor.image_token * visual
-                texts = [prompts[number].replace(self.processor.image_token, placeholders) for number in group]
-                rows = tokenize(self.processor, texts)
+            if len(group) > 1:
+                rows = self._rows_of_group(rows[0], [prompts[n] for n in group], batch[group[0]])
             for number, row in zip(group, rows):
                 check_length(self.model.config, len(row), f"question {batch[number].id!r}")
             beginning = os.path.commonprefix([row[:-1] for row in rows])  # the last token gives the logits
@@ -164,9 +173,14 @@ class Answerer:
             prefilled += Tokens(visual, total - repeated - visual)
 
         inputs.update(self._pad(beginnings))
-        positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        for name in TOKEN_TYPES:
+            if name in inputs:
+                inputs[name] = visual_tokens(self.model.config, inputs["input_ids"]).long()
+        if not self.has_three_positions:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache()
-        self.model(**inputs, **{cache_name(): cache}, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.model(**inputs, **{cache_name(): cache}, use_cache=True, logits_to_keep=1)
+        deltas = self.model.model.rope_deltas if self.has_three_positions else None
         answers, logits = [""] * len(batch), [None] * len(batch)
         for start in range(0, len(rests), self.batch_size):
             numbers, indices, ids = zip(*rests[start : start + self.batch_size])
@@ -180,9 +194,22 @@ class Answerer:
             for layer, states in enumerate(cache.layers):
                 copied.update(of_rows(states.keys), of_rows(states.values), layer)
             joined = {key: torch.cat([inputs[key][indices], tail[key]], dim=1) for key in tail}
+            if deltas is not None:  # `generate` goes on from these
+                self.model.model.rope_deltas = deltas[indices]
             for number, answer, row in zip(numbers, *self._generate(joined, **{cache_name(): copied})):
                 answers[number], logits[number] = answer, row
         return Answered(answers, torch.stack(logits), prompted, prefilled)
+
+    def _rows_of_group(self, first: list[int], prompts: list[str], question: Question) -> list[list[int]]:
+        """Token ids of prompts about the question's one picture, the first of which has the ids `first`."""
+        mark = self.processor.tokenizer.convert_tokens_to_ids(picture_mark(self.processor))
+        behind = [ids[ids.index(mark) + 1 :] for ids in tokenize(self.processor, prompts)]
+        beginning = first[: len(first) - len(behind[0])]
+        if beginning + behind[0] == first:
+            return [beginning + ids for ids in behind]
+        # The text that the processor puts around the picture and what follows share a token.
+        pictures = open_images(question)
+        return [self._process([prompt], pictures)["input_ids"][0].tolist() for prompt in prompts]
 
     def _prompt(self, question: Question) -> str:
         return make_prompt(self.processor, question.text, len(question.images), self.vicuna_system)
@@ -204,4 +231,4 @@ class Answerer:
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)], first.logits
 
     def _num_visual(self, ids: torch.Tensor) -> int:
-        return int((ids == self.model.config.image_token_id).sum())
+        return int(visual_tokens(self.model.config, ids).sum())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortv_llava.calibrate.contribution import last_tokens, visual_tokens
+from shortv_llava.calibrate.contribution import last_tokens
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import cache_name, text_decoder
 from shortv_llava.evaluation.hiding import (
     by_name,

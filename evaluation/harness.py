@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shortv_llava.chat.images import open_image
-from shortv_llava.chat.prompts import make_prompt, process, tokenize
+from shortv_llava.chat.prompts import make_prompt, picture_mark, process, tokenize
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer
@@ -179,7 +179,7 @@ class ShortVLlava(lmms):
 
     def _question(self, number: int, text: str, pictures: Callable[[], list[Image.Image]]) -> Question:
         """A question about pictures. They are read now for their digests, and again when they are needed."""
-        found, token = pictures(), self.processor.image_token
+        found, token = pictures(), picture_mark(self.processor)
         is_placed = 0 < text.count(token) == len(found)
         if not is_placed:
             text = text.replace(token, "")

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from shortv_llava.calibrate.contribution import last_tokens, visual_tokens
+from shortv_llava.calibrate.contribution import last_tokens
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import cache_name, text_decoder
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.methods import Dropping

@@ -81,6 +81,13 @@ def class_name(family: str) -> str:
     return "InternVL" if family == "InternVL3.5" else family
 
 
+def fill_projector(model) -> None:
+    """Gemma 3's projector is zero in a new model."""
+    for name, weight in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):
+            torch.nn.init.normal_(weight)
+
+
 @functools.cache
 def pair(family: str, attn_implementation: str = "sdpa", correction_rank: int = 0, num_hidden_layers: int = 4):
     """(stock model, ShortV model) with the same weights, float64; with a rank, both have corrections in all layers."""
@@ -92,6 +99,7 @@ def pair(family: str, attn_implementation: str = "sdpa", correction_rank: int = 
     torch.manual_seed(0)
     stock_config = getattr(transformers, f"{name}Config")(**settings)
     stock = getattr(transformers, f"{name}ForConditionalGeneration")(stock_config).double().eval()
+    fill_projector(stock)
     for parameter, weight in stock.named_parameters():
         if parameter.endswith("norm.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)

@@ -485,7 +485,7 @@ def test_sharded_weights(hub, bare, tmp_path):
 @copies
 def test_corrections_go_up_and_the_bases_single_file_is_copied(hub, tmp_path):
     parts = {"down.weight": torch.zeros(2, 192), "up.weight": torch.zeros(192, 2), "up.bias": torch.zeros(192)}
-    tensors = {f"language_model.model.layers.0.correction.{name}": part for name, part in parts.items()}
+    tensors = {f"layers.0.correction.{name}": part for name, part in parts.items()}
     settings = {"replaced_layers": LAYERS, "correction_rank": 2, "corrected_layers": [0]}
     write_package(find_checkpoint(BASE), tmp_path / "corrected", corrections=tensors, **settings)
     hub.served.clear()

@@ -1,0 +1,160 @@
+"""Tiny twins of the families outside LLaVA's, from checkpoint to answer."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import twins
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
+
+from shortv_llava.calibrate.contribution import layer_contribution, visual_tokens
+from shortv_llava.chat.conversation import Conversation
+from shortv_llava.chat.prompts import make_prompt, picture_mark, process
+from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
+from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.cli import app
+from shortv_llava.evaluation.answering import Answerer
+from shortv_llava.evaluation.questions import Question
+
+NEED_TORCHVISION = ("InternVL", "Mistral3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM")  # for their video processors
+WITH_PROCESSOR = [name for name in twins.TWINS if is_torchvision_available() or name not in NEED_TORCHVISION]
+TEXTS = ["is it a\n\nb?", " a  b", "é 中", "a<image>[IMG]<|im_end|><start_of_image>\n\n"]
+FROZEN = {"layers": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of a family's twin and its package."""
+    folders = {}
+
+    def make(family: str):
+        if family not in folders:
+            folder = tmp_path_factory.mktemp(family)
+            base = twins.write_twin(family, folder / "base")
+            write_package(base, folder / "package", replaced_layers=[1, 2])
+            folders[family] = base, folder / "package"
+        return folders[family]
+
+    return make
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+@pytest.mark.parametrize("family", twins.TWINS)
+def test_tokens_are_the_bases(family, made):
+    base, package = made(family)
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (base, package))
+    assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+    for ids in theirs(TEXTS)["input_ids"]:
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+@torch.no_grad()
+def test_pictures_and_logits_are_the_bases(family, made):
+    base, package = made(family)
+    processor, theirs = load_processor(package), AutoProcessor.from_pretrained(base)
+    message = [{"type": "image"}, {"type": "text", "text": "Is it a?"}]
+    rendered = theirs.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)
+    assert make_prompt(processor, "Is it a?") == rendered
+    processor.tokenizer.padding_side = "left"
+    prompts, pictures = [rendered, rendered.replace("Is", "What is")], [noise(90, 60), noise(50, 70)]
+    inputs = process(processor, prompts, pictures)
+    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float64)
+    ours = load_model(package, dtype=torch.float64)
+    assert visual_tokens(ours.config, inputs["input_ids"]).any(dim=1).all()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with tiny.frozen(stock, visual_tokens(ours.config, inputs["input_ids"]), **FROZEN):
+        expected, tokens = stock(**inputs).logits, stock.generate(**inputs, max_new_tokens=4, do_sample=False)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours(**inputs).logits[real], expected[real], **tiny.CLOSE)
+    assert torch.equal(ours.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+    assert layer_contribution(ours, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_chat_answers_as_if_prefilled_anew(family, made):
+    _, package = made(family)
+    model, processor = load_model(package, dtype=torch.float64), load_processor(package)
+    conversation = Conversation(model, processor, max_new_tokens=6)
+    pictures = []
+    for question, new in (
+        ("Is it a?", [noise(90, 60)]),
+        ("And b?", []),
+        ("Both?", [noise(50, 70, 1), noise(60, 60, 2)]),
+    ):
+        for picture in new:
+            conversation.attach(picture, "picture.png")
+        pictures += new
+        answer = "".join(conversation.ask(question))
+        prompt = processor.apply_chat_template(conversation.messages()[:-1], add_generation_prompt=True)
+        inputs = process(processor, [prompt], pictures).to(torch.float64)
+        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer.strip() == processor.decode(tokens, skip_special_tokens=True).strip()
+        assert bool(conversation.turns[-1].visual_tokens) == bool(new)
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_shared_prefixes_change_no_answer(family, made, tmp_path):
+    _, package = made(family)
+    model, processor = load_model(package, dtype=torch.float64), load_processor(package)
+    for number in range(2):
+        noise(90 - 30 * number, 60, number).save(tmp_path / f"{number}.png")
+    texts = ["Is it a?", "What is it, and where?", "b?"]
+    questions = [
+        Question(f"{number} {text}", text, (tmp_path / f"{number}.png",), f"{number}")
+        for number in range(2)
+        for text in texts
+    ]
+    found = {}
+    for shared in (True, False):
+        answerer = Answerer(model, processor, max_new_tokens=5, shared_prefix=shared)
+        found[shared] = {}
+        for batch in answerer.batches(questions):
+            answered = answerer.answer(batch)
+            for question, answer, logits in zip(batch, answered.answers, answered.logits):
+                found[shared][question.id] = answer, logits
+    for key, (answer, logits) in found[True].items():
+        assert answer == found[False][key][0]
+        torch.testing.assert_close(logits.double(), found[False][key][1].double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_calibrated_with_corrections(family, made, tmp_path):
+    """By the command, on pictures; the package has corrections beside the base's file, under the base's names."""
+    from typer.testing import CliRunner
+
+    base, _ = made(family)
+    lines = []
+    for number in range(6):
+        noise(80, 50 + number, number).save(tmp_path / f"{number}.png")
+        lines.append({"question_id": number, "image": f"{number}.png", "text": "Is it a?"})
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = "--samples 2 --held-out 2 --correction-samples 4 --correction-rank 3 --dtype float32 --fraction 0.75"
+    command = ["calibrate", base, "--data", tmp_path / "questions.jsonl", "--images", tmp_path, *options.split()]
+    done = CliRunner().invoke(app, [*map(str, command), "--output", str(tmp_path / "package")])
+    assert done.exit_code == 0, done.output
+    model = load_model(tmp_path / "package", dtype=torch.float32)
+    assert len(model.config.replaced_layers) == 3 and model.config.lc_scores[3] == 0
+    if model.config.corrected_layers:
+        index = json.loads((tmp_path / "package" / "model.safetensors.index.json").read_text())["weight_map"]
+        names = [name for name in index if ".correction." in name]
+        assert len(names) == 3 * len(model.config.corrected_layers)
+        assert all(name.split("correction")[0] + "input_layernorm.weight" in index for name in names)
+
+
+def test_picture_marks():
+    class Processor:
+        image_token = "<image>"
+
+    assert picture_mark(Processor()) == "<image>"
+    Processor.boi_token = "<start_of_image>"
+    assert picture_mark(Processor()) == "<start_of_image>"
