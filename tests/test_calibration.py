@@ -220,7 +220,7 @@ class TestChoice:
             ({"num_layers": 3, "fraction": 0.5}, "--num-layers and --fraction contradict"),
             ({"num_layers": 13}, "12 layers"),
             ({"fraction": 1.5}, "from 0 to 1"),
-            ({"strategy": "best"}, "lc, corrected-lc, greedy, cosine, random"),
+            ({"strategy": "best"}, "--strategy .*corrected-lc.* 'best'"),
             ({"granularity": "head"}, "layer, block, auto"),
             ({"strategy": "cosine", "granularity": "auto"}, "--granularity layer"),
         ],
@@ -315,7 +315,7 @@ class TestReport:
 
     def test_a_prompt_longer_than_the_context(self, model, processor):
         sample = embedded_samples()[0]._replace(question="word " * 3000)
-        with pytest.raises(ShortVError, match=f"sample {sample.id}: its prompt has .* shorten it"):
+        with pytest.raises(ShortVError, match=f"sample {sample.id}: its prompt .*context"):
             CostMeter(model, processor, [sample])
 
 
@@ -326,7 +326,7 @@ def test_scores_that_are_not_finite_name_the_sample(tmp_path, processor):
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("nan")
     samples = embedded_samples()
-    with pytest.raises(ShortVError, match="sample 0: scores are not finite"):
+    with pytest.raises(ShortVError, match="sample 0: .*not finite"):
         calibrate(CHECKPOINT, broken, processor, samples[:1], samples[1:2], tmp_path / "package")
 
 
@@ -403,7 +403,7 @@ class TestData:
     def test_out_of_reach(self, tmp_path, source):
         done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "package", *QUICK, "--data", source)
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "cannot be read" in done.stderr and "give data on this disk with --data" in done.stderr.splitlines()[-1]
+        assert "cannot be read" in done.stderr and "--data" in done.stderr.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
 
     def test_draws(self):

@@ -26,16 +26,14 @@ def test_entries_that_are_no_layer_ids(name, bad):
 
 @pytest.mark.parametrize("bad", [3, None, "31,29", {"a": 1}])
 def test_lists_that_are_no_lists(bad):
-    with pytest.raises(ValueError, match="replaced_layers must be a list of layer ids"):
+    with pytest.raises(ValueError, match="replaced_layers must be a list"):
         config(replaced_layers=bad)
 
 
 def test_a_layer_stands_once():
-    with pytest.raises(ValueError, match="replaced_layers: layer 1 is listed here twice"):
+    with pytest.raises(ValueError, match="replaced_layers: layer 1 .*twice"):
         config(replaced_layers=[1, 2, 1])
-    with pytest.raises(
-        ValueError, match="replaced_ffn_layers: layer 2 is listed here and in replaced_attention_layers"
-    ):
+    with pytest.raises(ValueError, match="replaced_ffn_layers: layer 2 .*replaced_attention_layers"):
         config(replaced_attention_layers=[2], replaced_ffn_layers=[2])
 
 
@@ -101,7 +99,7 @@ def test_a_config_json_that_stock_cannot_read(text, tmp_path):
 
 def test_an_entry_is_checked_whenever_it_is_set():
     changed = config(replaced_layers=[3, 1])
-    with pytest.raises(ValueError, match="replaced_ffn_layers: layer 1 is listed here and in replaced_layers"):
+    with pytest.raises(ValueError, match="replaced_ffn_layers: layer 1 .*replaced_layers"):
         changed.replaced_ffn_layers = [1]
     with pytest.raises(ValueError, match="lc_scores"):
         changed.lc_scores = [1]

@@ -129,17 +129,15 @@ class TestConfiguration:
 
     @pytest.mark.parametrize("rank", [-1, 33, 1.0, True, None, "8"])
     def test_ranks_that_are_none(self, rank):
-        with pytest.raises(
-            ValueError, match=re.escape(f"correction_rank must be an integer from 0 to 32, got {rank!r}")
-        ):
+        with pytest.raises(ValueError, match=f"correction_rank .*0 to 32.* {re.escape(repr(rank))}$"):
             self.config(correction_rank=rank)
 
     @pytest.mark.parametrize(
         "layers, words",
         [
             ([4], "corrected_layers: 4 is no layer id"),
-            ([1, 1], "listed here twice"),
-            (3, "must be a list of layer ids"),
+            ([1, 1], "corrected_layers: layer 1 .*twice"),
+            (3, "corrected_layers must be a list"),
         ],
     )
     def test_layers_that_are_none(self, layers, words):
@@ -147,7 +145,7 @@ class TestConfiguration:
             self.config(correction_rank=2, corrected_layers=layers)
 
     def test_layers_need_a_rank(self):
-        with pytest.raises(ValueError, match=re.escape("corrected_layers: [1] have no correction")):
+        with pytest.raises(ValueError, match=r"corrected_layers: \[1\] .*no correction"):
             self.config(corrected_layers=[1])
         config = self.config(correction_rank=2, corrected_layers=[1])
         with pytest.raises(ValueError, match="integer from 1 to 32"):
@@ -190,7 +188,7 @@ def test_saved_and_loaded(family, max_shard_size, tmp_path):
     if max_shard_size == "1GB":
         del tensors[f"{layer}.correction.up.bias"]
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ShortVError, match="1 missing keys in the weights, such as .*2.correction.up.bias"):
+        with pytest.raises(ShortVError, match="1 missing key.*2.correction.up.bias"):
             load_model(tmp_path, dtype=torch.float64)
 
 
@@ -313,7 +311,7 @@ class TestFit:
         model = copy.deepcopy(PLAIN_PAIR()[1])
         model.set_replaced_layers([1])
         sample = FitSample(model, tiny.batch(model, "llava", ["tttt"]))
-        with pytest.raises(ValueError, match="corrections need samples with visual tokens"):
+        with pytest.raises(ValueError, match="corrections need .*visual tokens"):
             fit_corrections(model, [sample], 2)
 
     def test_journal(self):

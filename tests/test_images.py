@@ -133,11 +133,11 @@ JPEG = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     "data, reason",
     [
         (png_header(60_000, 60_000), "more than 80,000,000"),
-        (png_header(9_500, 9_500), "9500 x 9500 pixels are more than 80,000,000"),
+        (png_header(9_500, 9_500), "9500 x 9500 .*more than 80,000,000"),
         (JPEG[: len(JPEG) // 2], "broken image"),
         (png_header(4, 2), "broken image"),
-        (b"<html>", "no image of a known format"),
-        (b"", "no image of a known format"),
+        (b"<html>", "known format"),
+        (b"", "known format"),
     ],
     ids=["bomb", "large", "cut-jpeg", "cut-png", "html", "empty"],
 )
@@ -173,7 +173,7 @@ def test_from_a_url(server):
     [
         (None, "404"),
         ((200, {"Content-Type": "text/html"}, b"<html>"), "is a web page"),
-        ((200, {}, b"no image"), "no image of a known format"),
+        ((200, {}, b"no image"), "known format"),
         ((200, {}, JPEG[:300]), "broken image"),
         ((302, {"Location": "file:///etc/hostname"}), "file:///etc/hostname' is not allowed"),
         ((302, {"Location": "ftp://127.0.0.1/photo"}), "unknown url type: ftp"),
@@ -212,7 +212,7 @@ def test_a_picture_too_narrow_to_be_resized(tmp_path, size):
     path = tmp_path / "narrow.png"
     Image.new("RGB", size).save(path)
     for load in (lambda: load_image(str(path)), lambda: open_images(Question("7", "What?", (Image.open(path),)))):
-        with pytest.raises(ShortVError, match=f"{size[0]} x {size[1]} pixels are too narrow; one side"):
+        with pytest.raises(ShortVError, match=f"{size[0]} x {size[1]} .*too narrow"):
             load()
     Image.new("RGB", (200, 1)).save(path)
     load_image(str(path))

@@ -330,9 +330,9 @@ class TestArguments:
     @pytest.mark.parametrize(
         "arguments, options, words",
         [
-            (",replaced_layers=few", {}, "layers must be published, none or ids"),
-            ("", {"batch_size": "auto"}, "--batch_size takes a number of rows, not 'auto'"),
-            ("", {"batch_size": 0}, "--batch_size takes a number"),
+            (",replaced_layers=few", {}, "layers must be .*'few'"),
+            ("", {"batch_size": "auto"}, "--batch_size .*number.* 'auto'"),
+            ("", {"batch_size": 0}, "--batch_size .*number.* 0"),
         ],
     )
     def test_bad_values(self, ours, arguments, options, words):
@@ -340,7 +340,7 @@ class TestArguments:
             ours(arguments, **options)
 
     def test_no_values(self):
-        with pytest.raises(ShortVError, match="takes name=value, separated by commas, not 'somewhere'"):
+        with pytest.raises(ShortVError, match="--model_args .*name=value.* 'somewhere'"):
             models.get_model("shortv_llava").create_from_arg_string("somewhere")
 
     @pytest.mark.parametrize(
@@ -451,14 +451,14 @@ class TestTasks:
         monkeypatch.setattr(quick, "simple_evaluate", None)  # what is finished is not asked again
         assert self.evaluate(folder, asked, output, *options).stdout == done.stdout
         other = self.evaluate(folder, asked, output, "--compare", "--seed", "7")
-        assert other.returncode == 1 and "shapes-dense.json: a result with seed 0, not 7" in other.stderr
+        assert other.returncode == 1 and re.search("shapes-dense.json: .*seed 0, not 7", other.stderr)
 
     def test_a_card_without_text_is_told(self, package_folder, asked, tmp_path):
         folder = shutil.copytree(package_folder, tmp_path / "package")
         done = self.evaluate(folder, asked, tmp_path / "out", "--card", folder, names="shapes")
         assert done.returncode == 0, done.stderr
         for told in (done.stdout, read_card(folder / "README.md").text):
-            assert "No benchmark here is about text in pictures" in told and "arxiv.org/abs/2606.08511" in told
+            assert "text in pictures" in told and "arxiv.org/abs/2606.08511" in told
         ((result,),) = [task["results"] for task in json.loads((tmp_path / "out/results.json").read_text())["tasks"]]
         assert result["name"] == "shortv" and result["retention"] is None and "% of dense" not in done.stdout
 
@@ -487,13 +487,13 @@ class TestTasks:
 
     def test_tasks_that_are_not_there(self, package_folder, asked, tmp_path, quick, monkeypatch):
         done = self.evaluate(package_folder, asked, tmp_path / "out", names="shape")
-        assert done.returncode == 1 and "lmms-eval has no task 'shape'; there are shapes" in done.stderr
+        assert done.returncode == 1 and re.search("no task 'shape'.* shapes", done.stderr)
         monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
         missing = task(tmp_path / "nowhere", "missing")
         (tmp_path / "task").mkdir()
         (tmp_path / "task" / "missing.yaml").write_text(json.dumps(missing))
         done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing")
-        assert done.returncode == 1 and "missing: lmms-eval cannot load its data: " in done.stderr
+        assert done.returncode == 1 and "missing: lmms-eval cannot load" in done.stderr
         (tmp_path / "task" / "utils.py").write_text("import a_library_that_nobody_has")
         needy = json.dumps(task(asked, "needy", process_results="!function utils.process"))
         (tmp_path / "task" / "needy.yaml").write_text(
@@ -501,4 +501,4 @@ class TestTasks:
         )
         quick._task_manager.cache_clear()
         done = self.evaluate(package_folder, tmp_path, tmp_path / "out", names="missing,needy")
-        assert done.returncode == 1 and "needy: No module named 'a_library_that_nobody_has'; install" in done.stderr
+        assert done.returncode == 1 and re.search("needy: .*'a_library_that_nobody_has'.*install", done.stderr)

@@ -66,7 +66,7 @@ def test_no_interval_but_of_means():
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(ShortVError, match="task: variants were asked different samples"):
+    with pytest.raises(ShortVError, match="task: .*different samples"):
         compare("task", {"dense": run({"acc": 1.0}), "shortv": run({"acc": 1.0}, ids=[1, 2, 3, 4])})
-    with pytest.raises(ShortVError, match="task: lmms-eval gives no score of it"):
+    with pytest.raises(ShortVError, match="task: .*no score"):
         compare("task", {"dense": run({})})

@@ -76,7 +76,7 @@ def test_any_answer_is_scored(name, answer, load):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_predictions(name, load):
-    with pytest.raises(ValueError, match="^there are no predictions to score$"):
+    with pytest.raises(ValueError, match="no predictions"):
         load(name).compute(**{key: [] for key in arguments(name)})
 
 
@@ -84,7 +84,7 @@ def test_no_predictions(name, load):
 def test_lengths_differ(name, load):
     several = arguments(name, rows=3)
     several["references"] = several["references"][:-1]
-    with pytest.raises(ValueError, match="^Mismatch in the number of .*$"):
+    with pytest.raises(ValueError, match="^Mismatch .*references.*$"):
         load(name).compute(**several)
 
 
@@ -264,9 +264,9 @@ def test_mme_bad_arguments(load):
             predictions=["yes"] * count, references=labels, tasks=[task] * count, images=["1.jpg"] * count
         )
 
-    with pytest.raises(ValueError, match="^image '1.jpg' of task 'OCR' has 3 questions instead of two$"):
+    with pytest.raises(ValueError, match="'1.jpg' .*'OCR' .*3 questions"):
         compute(["yes", "no", "no"])
-    with pytest.raises(ValueError, match=r"^tasks\[0\] is 'ocr', not one of existence, "):
+    with pytest.raises(ValueError, match=r"^tasks\[0\] is 'ocr', .*existence, "):
         compute(["yes", "no"], task="ocr")
     with pytest.raises(ValueError, match=r"^references\[1\] is 'x', neither"):
         compute(["yes", "x"])
@@ -372,9 +372,9 @@ def test_multiple_choice_bad_arguments(load):
     metric = load("multiple_choice")
     with pytest.raises(ValueError, match="^1 groups for 2 predictions$"):
         metric.compute(predictions=["A", "B"], references=["A", "B"], groups=[1])
-    with pytest.raises(ValueError, match="^rule must be one of lenient, letter, scienceqa, mmbench, not 'strict'$"):
+    with pytest.raises(ValueError, match="^rule must be .*lenient.* 'strict'$"):
         metric.compute(predictions=["A"], references=["A"], rule="strict")
-    with pytest.raises(ValueError, match=r"^references\[0\] is 'C', not the letter of one of its options$"):
+    with pytest.raises(ValueError, match=r"^references\[0\] is 'C', .*options"):
         metric.compute(predictions=["A"], references=["C"], choices=[["cat", "dog"]])
 
 

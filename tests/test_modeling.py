@@ -241,12 +241,12 @@ def test_config_is_the_truth():
         ours.config.replaced_layers = [2, 3]
         changed = ours(**inputs).logits
         assert not torch.equal(changed, expected)
-        with pytest.raises(ValueError, match="replaced_layers: 9 is no layer id; ids are integers from 0 to 3"):
+        with pytest.raises(ValueError, match="replaced_layers: 9 is no layer id"):
             ours.config.replaced_layers = [9]
         assert torch.equal(ours(**inputs).logits, changed)
         ours.set_replaced_layers([1])
         assert torch.equal(ours(**inputs).logits, expected)
-    with pytest.raises(ValueError, match="layer 1 is listed here and in replaced_layers"):
+    with pytest.raises(ValueError, match="replaced_ffn_layers: layer 1 .*replaced_layers"):
         ours.set_replaced_layers([1], ffn=[1])
     assert ours.config.replaced_layers == [1] and ours.config.replaced_ffn_layers == []
 
@@ -256,7 +256,5 @@ def test_unsupported_backbone_is_named():
         num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=96, pad_token_id=0
     )
     config = ShortVLlavaConfig(**tiny.config_dict() | {"text_config": text})
-    with pytest.raises(
-        ValueError, match="'phi3' is not supported; those are: Gemma, Granite, Llama, Mistral, Qwen2, Qwen3"
-    ):
+    with pytest.raises(ValueError, match="'phi3' is not supported.*Gemma.*Qwen3"):
         ShortVLlavaForConditionalGeneration(config)

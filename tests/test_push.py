@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -336,7 +337,7 @@ def test_a_folder_edited_by_hand_keeps_the_repositorys_metadata(hub, folder, cap
     push(folder, REPO)
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert "My words." in card.text and card.data.metrics == ["accuracy"] and {"theirs", "ours"} < {*card.data.tags}
-    assert card.data.license == "llama2" and "its license was mit, and becomes llama2" in caplog.text
+    assert card.data.license == "llama2" and re.search("license .*mit.* llama2", caplog.text)
 
 
 SCORE = Score("gqa", "lmms-lab/GQA", "accuracy", 9, 60.9, (50.0, 70.0), 61.5, (51.0, 71.0), 99.0, (98.0, 100.0),
@@ -547,13 +548,13 @@ def test_what_arrived_is_compared(hub, folder, monkeypatch):
         return commit(api, repo_id, [CommitOperationAdd("config.json", b"{}")], commit_message="Swap")
 
     monkeypatch.setattr(HfApi, "create_commit", swapped)
-    with fails(REPO, "config.json is not what was sent", "push again"):
+    with fails(REPO, "config.json", "not what was sent"):
         push(folder, REPO, license="mit")
 
 
 @pytest.mark.skipif(not copies.args[0], reason="this huggingface_hub can copy")
 def test_an_older_client_says_which_one_is_needed(hub, bare):
-    with fails("--weights-from needs huggingface_hub 2.0 or newer"):
+    with fails("--weights-from", "huggingface_hub 2.0"):
         push(bare, REPO, weights_from=BASE)
 
 
@@ -657,7 +658,7 @@ def test_a_hub_without_xet(hub, folder, monkeypatch, status):
 @pytest.mark.parametrize("endpoint", ["commit", "lfs_batch", "create_repo"])
 def test_a_hub_that_does_not_offer_it(hub, folder, endpoint):
     hub.fail(endpoint, 501, "Not implemented", times=None)
-    with fails(REPO, "does not offer that .501: Not implemented", "HF_ENDPOINT"):
+    with fails(REPO, "does not offer", "501: Not implemented", "HF_ENDPOINT"):
         push(folder, REPO, license="mit")
 
 
@@ -757,7 +758,7 @@ def test_a_bin_with_more_than_tensors(hub, folder):
 
     (folder / WEIGHTS).unlink()
     torch.save({"weight": torch.zeros(1), "trap": Trap()}, folder / "pytorch_model.bin")
-    with fails("refused", "nothing in it was executed"):
+    with fails("refused", "nothing .*executed"):
         push(folder, REPO, license="mit")
     assert not (folder / "executed").exists()
 
@@ -799,7 +800,7 @@ def test_what_is_unusual_is_said(hub, folder, caplog):
 
 
 def test_licence(hub, folder):
-    with fails("licence of the weights is unknown", "--license"):
+    with fails("licence .*unknown", "--license"):
         push(folder, REPO)
     with fails(REPO, "license"):
         push(folder, REPO, license="my own")

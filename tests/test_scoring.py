@@ -158,13 +158,13 @@ def test_notes_of_a_metric_are_no_scores():
 @pytest.mark.parametrize(
     "metric, questions, message",
     [
-        ("bleu", [ask(1, "a")], "^there is no metric 'bleu'; there are cider, gqa, mme, "),
-        ("gqa", [], "^gqa: there are no questions to score$"),
-        ("gqa", [ask(1, "a"), ask(2, None)], "^question 2 has no reference answer, and gqa cannot score without one$"),
-        ("gqa", [ask("x", ["a"])], "^question 'x': gqa takes one reference$"),
-        ("vqa_accuracy", [ask("x", "a")], "^question 'x': vqa_accuracy takes a list of reference answers$"),
-        ("mme", [ask("x", "yes", tasks="OCR")], "^question 'x' has no 'images', and mme cannot score without it$"),
-        ("pope", [ask(1, "yes", categories="a"), ask(2, "no")], "^question 2 has no 'categories', and pope cannot"),
+        ("bleu", [ask(1, "a")], "no metric 'bleu'.* cider, gqa, mme, "),
+        ("gqa", [], "^gqa: .*no questions"),
+        ("gqa", [ask(1, "a"), ask(2, None)], "^question 2 has no reference"),
+        ("gqa", [ask("x", ["a"])], "^question 'x': gqa .*one reference"),
+        ("vqa_accuracy", [ask("x", "a")], "^question 'x': vqa_accuracy .*a list"),
+        ("mme", [ask("x", "yes", tasks="OCR")], "^question 'x' has no 'images'"),
+        ("pope", [ask(1, "yes", categories="a"), ask(2, "no")], "^question 2 has no 'categories'"),
     ],
 )
 def test_references_are_checked_first(metric, questions, message):
@@ -177,7 +177,7 @@ def test_references_are_checked_first(metric, questions, message):
     [
         ("gqa", [ask(1, "a")], {}, "^question 1 has no answer$"),
         ("pope", [ask(1, "maybe")], {1: "yes"}, "^pope: references.0. is 'maybe'"),
-        ("mme", [ask(1, "yes", tasks="OCR", images="a")], {1: "yes"}, "^mme: image 'a' of task 'OCR' has 1 questions"),
+        ("mme", [ask(1, "yes", tasks="OCR", images="a")], {1: "yes"}, "^mme: .*'a' .*'OCR' .*1 questions"),
     ],
 )
 def test_what_cannot_be_scored(metric, questions, answers, message):

@@ -764,15 +764,15 @@ def test_pictures_outside_the_folder(name, file, load, tmp_path):
 @pytest.mark.parametrize(
     "name, path, content, message",
     [
-        ("gqa", "gqa/data/testdev_balanced_questions.json", "{}", r"not laid out as expected \(KeyError: '1'\)"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "{}", "not laid out .*KeyError: '1'"),
         ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_balanced_questions.json: is not JSON"),
         ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "", "there are no questions"),
-        ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "{}\n", "not laid out as expected"),
-        ("pope", "pope/coco/coco_pope_random.json", "", "question 3 has no label for 1.jpg"),
-        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "[]", "TextVQA_0.5.1_val.json: holds no JSON object"),
-        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\n0\n", "not laid out as expected"),
+        ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "{}\n", "not laid out"),
+        ("pope", "pope/coco/coco_pope_random.json", "", "question 3 .*no label .*1.jpg"),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "[]", "TextVQA_0.5.1_val.json: .*no JSON object"),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\n0\n", "not laid out"),
         ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "", "cannot be read"),
-        ("scienceqa", "scienceqa/problems.json", "{}", "not laid out as expected"),
+        ("scienceqa", "scienceqa/problems.json", "{}", "not laid out"),
     ],
 )
 def test_files_that_are_not_what_they_should_be(name, path, content, message, load, tmp_path):
@@ -791,14 +791,14 @@ def test_no_such_folder(tmp_path):
 @pytest.mark.parametrize("name", ["gqa", "vqav2"])
 def test_hub_out_of_reach(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ShortVError, match=r"^lmms-lab-encoder/(\w+), formerly lmms-lab/\1: cannot be read .* --data$"):
+    with pytest.raises(ShortVError, match=r"^lmms-lab-encoder/(\w+), .*lmms-lab/\1: cannot be read .*--data"):
         TASKS[name].load(None)
 
 
 def test_question_names_a_picture_that_is_not_there(load, monkeypatch):
     columns = TABLES["gqa"][1][3] | {"id": ["n2", "n3"]}
     monkeypatch.setitem(TABLES, "gqa", [TABLES["gqa"][0], (*TABLES["gqa"][1][:3], columns)])
-    with pytest.raises(ShortVError, match="question 1 names picture n1, which is not there"):
+    with pytest.raises(ShortVError, match="question 1 .*picture n1.* not there"):
         load("gqa", "hub")
 
 
@@ -845,7 +845,7 @@ def test_broken_picture(load, tmp_path):
     questions = load("mmbench")
     assert open_images(questions[0])
     broken = questions[0]._replace(images=(lambda: tasks.base64_image("aGVsbG8="),))
-    with pytest.raises(ShortVError, match="question 0: its picture cannot be read"):
+    with pytest.raises(ShortVError, match="question 0: .*picture cannot be read"):
         open_images(broken)
 
 
@@ -862,9 +862,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("would try again and again"))
-    with pytest.raises(
-        ShortVError, match="encoder/POPE, formerly lmms-lab/POPE: cannot be read: .*check the connection"
-    ):
+    with pytest.raises(ShortVError, match="encoder/POPE, .*lmms-lab/POPE: cannot be read: .*connection"):
         TASKS["pope"].load(None)
-    with pytest.raises(ShortVError, match="encoder/GQA, formerly lmms-lab/GQA: cannot be read: .*check the connection"):
+    with pytest.raises(ShortVError, match="encoder/GQA, .*lmms-lab/GQA: cannot be read: .*connection"):
         gqa_samples(1, seed=0)

@@ -345,8 +345,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "entries, message",
         [
-            ({"replaced_layers": [12]}, "12 is no layer id; ids are integers from 0 to 11"),
-            ({"replaced_ffn_layers": [1]}, "layer 1 is listed here and in replaced_layers"),
+            ({"replaced_layers": [12]}, "replaced_layers: 12 is no layer id"),
+            ({"replaced_ffn_layers": [1]}, "replaced_ffn_layers: layer 1 .*replaced_layers"),
         ],
     )
     def test_package(self, package, entries, message):
@@ -363,7 +363,7 @@ class TestBadInput:
     @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
     def test_vllm_outside_the_tested_range(self, package, monkeypatch, version):
         monkeypatch.setattr(vllm, "__version__", version)
-        message = f"vLLM {version} is outside the range .* 0.32 to before 0.33"
+        message = f"vLLM {version} is outside .*0.32 .*0.33"
         with pytest.raises(ShortVError, match=message):
             serve(str(package), [])
         try:
@@ -376,7 +376,7 @@ class TestBadInput:
 
     def test_without_vllm(self, package, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ShortVError, match="serving needs vLLM: pip install 'vllm>=0.32,<0.33'"):
+        with pytest.raises(ShortVError, match="needs vLLM: .*'vllm>=0.32,<0.33'"):
             serve(str(package), [])
 
     def test_no_such_package(self, tmp_path):

@@ -155,7 +155,7 @@ def test_questions_that_cannot_be_answered_say_why_under_the_answers(asked, ques
 @pytest.mark.parametrize(
     "data, words",
     [
-        (b"no picture", "no image of a known format"),
+        (b"no picture", "known format"),
         (IMAGE.read_bytes()[:300], "broken image"),
         (None, "no such image"),
         ((8000, 1), "too narrow"),
@@ -203,7 +203,7 @@ def test_options_of_the_terminal_are_refused(package_folder, option):
 def test_without_gradio_it_says_what_to_install(package_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = shortv_here("chat", package_folder, "--web")
-    assert done.returncode == 1 and done.stderr == "shortv: error: --web needs gradio: pip install gradio\n"
+    assert done.returncode == 1 and re.fullmatch(r"shortv: error: --web .*install gradio.*\n", done.stderr)
 
 
 # The Space
