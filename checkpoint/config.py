@@ -1,4 +1,4 @@
-"""The config.json of LLaVA checkpoints and of packages."""
+"""The config.json of checkpoints and of packages."""
 
 import copy
 from pathlib import Path
@@ -8,6 +8,19 @@ from shortv_llava.errors import ShortVError
 from shortv_llava.files.json_files import read_json
 
 MODEL_TYPES = {stock: f"shortv_{stock}" for stock in shortv_llava.FAMILIES}
+# Vision-language models that the method does not fit, by model type, and why.
+UNFIT = {
+    ("mllama",): "text sees pictures through cross attention, and there are no visual tokens in its layers",
+    ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "qwen3_next"): (
+        "some of its layers are recurrent, where text reads visual tokens only through states that these update"
+    ),
+    ("gemma3n", "gemma4", "gemma4_unified"): (
+        "its last layers take keys and values from earlier ones, so visual tokens are hardly computed in them"
+    ),
+    ("deepseek_vl_v2", "kimi_vl", "kimi_k25", "glm4v_moe_lite"): (
+        "its keys and values are made from a latent (multi-head latent attention), which is not supported"
+    ),
+}
 # The configuration's lists of layers, and the part of a layer that each freezes.
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
@@ -15,7 +28,7 @@ CORRECTION = ("correction_rank", "corrected_layers")  # further keys of a packag
 
 
 def read_config(folder: Path) -> dict:
-    """The entries of config.json of a LLaVA checkpoint or package, unchanged.
+    """The entries of config.json of a checkpoint or package, unchanged.
 
     Raises:
         ShortVError: if there is no config.json, or it describes another kind of model.
@@ -25,10 +38,10 @@ def read_config(folder: Path) -> dict:
         raise ShortVError(f"{folder}: no checkpoint, there is no config.json in it")
     config = read_json(path)
     model_type = config.get("model_type")
-    supported = [*MODEL_TYPES, *MODEL_TYPES.values()]
-    if model_type not in supported:
-        known = ", ".join(supported)
-        raise ShortVError(f"{folder}: no LLaVA checkpoint (model_type {model_type!r}; supported: {known})")
+    if model_type not in (*MODEL_TYPES, *MODEL_TYPES.values()):
+        unfit = next((why for names, why in UNFIT.items() if model_type in names), None)
+        why = unfit or f"supported are {', '.join(MODEL_TYPES)}, and packages of these"
+        raise ShortVError(f"{folder}: ShortV does not fit model_type {model_type!r}: {why}")
     return config
 
 

@@ -156,7 +156,7 @@ class TestBadInput:
         (tmp_path / "bert").mkdir()
         (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
         done = shortv_here("package", tmp_path / "bert", "--layers", "1", "--output", tmp_path / "out")
-        assert_fails(done, "no LLaVA checkpoint", "bert")
+        assert_fails(done, "does not fit", "bert")
 
     @pytest.mark.parametrize("layers, word", [("12", "12"), ("1,1", "twice"), ("a,b", "a,b"), ("-1", "-1")])
     def test_layers(self, tmp_path, layers, word):
