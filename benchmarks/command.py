@@ -69,7 +69,7 @@ class PrefillOptions:
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Shape of the model: {NAMES}. Repeat it for several. By default the first two, on a GPU the others."
+            help=f"Shape of the model: {NAMES}. Repeat it for several. By default scaled LLaVAs, on a GPU the others."
         ),
     ] = None
     layers: Annotated[

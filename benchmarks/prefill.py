@@ -135,7 +135,8 @@ def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: No
     else:
         if shape.published:
             row["to_first_token"] = timed(*sides)
-        features = stock.model.get_image_features(inputs["pixel_values"])
+        pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        features = stock.model.get_image_features(**pictures)
         for model in (stock, ours):
             model.model.get_image_features = lambda *args, **kwargs: features
         try:
@@ -254,7 +255,8 @@ def run(
         output: folder for figures and plot.
         common: options that all settings share.
     """
-    names = names or [name for name in SHAPES if bool(SHAPES[name].published) == torch.cuda.is_available()]
+    llavas = [name for name in SHAPES if SHAPES[name].family == "llava"]
+    names = names or [name for name in llavas if bool(SHAPES[name].published) == torch.cuda.is_available()]
     check_layers_of(names, numbers or (), methods)
     if cuda_graphs and not torch.cuda.is_available():
         raise ShortVError("--cuda-graphs needs a GPU")

@@ -81,8 +81,8 @@ def write_package(
         write_more: writes further files into the temporary folder, before the model card is made.
 
     Raises:
-        ShortVError: if the base is no supported checkpoint with weights (safetensors if there are corrections), could not
-            answer, or the output must not be written.
+        ShortVError: if the base is no supported checkpoint with weights (safetensors if there are corrections), could
+            not answer, or the output must not be written.
         ValueError: if the layers do not fit the model.
         OSError: if writing fails; no output is left then.
     """

@@ -6,6 +6,7 @@ from shortv_llava.errors import ShortVError
 
 TESTED = ("0.32", "0.33")  # vLLM versions, end excluded: models.py builds on interfaces that are not public
 ARCHITECTURES = ("ShortVLlavaForConditionalGeneration", "ShortVLlavaNextForConditionalGeneration")
+MODEL_TYPES = ("shortv_llava", "shortv_llava_next")
 BACKBONES = ("llama", "mistral", "qwen2")
 
 
@@ -21,6 +22,8 @@ def check_version(version: str) -> None:
 
 def check_package(config) -> None:
     """Raises [`ShortVError`] if vLLM cannot run the package of this configuration, `ValueError` for its layers."""
+    if config.model_type not in MODEL_TYPES:
+        raise _refusal(config.model_type)
     if config.text_config.model_type not in BACKBONES:
         raise ShortVError(
             f"text backbone {config.text_config.model_type!r} is not supported; those are: {', '.join(BACKBONES)}"
@@ -35,12 +38,15 @@ def register() -> None:
     here. The error is raised when a package's configuration is read.
     """
     import vllm
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
     from vllm import ModelRegistry
 
-    from shortv_llava import ShortVLlavaConfig, ShortVLlavaNextConfig
+    from shortv_llava import FAMILIES, ShortVLlavaConfig, ShortVLlavaNextConfig
 
     config_classes = ShortVLlavaConfig, ShortVLlavaNextConfig
+    for model_type in {f"shortv_{family}" for family in FAMILIES}.difference(MODEL_TYPES):
+        refusing = _refusing(PretrainedConfig, _refusal(model_type), model_type)
+        AutoConfig.register(model_type, refusing, exist_ok=True)
     try:
         check_version(vllm.__version__)
     except ShortVError as error:
@@ -57,8 +63,13 @@ def register() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
-def _refusing(config_class: type, error: ShortVError) -> type:
+def _refusal(model_type: str) -> ShortVError:
+    return ShortVError(f"vLLM runs packages of LLaVA and LLaVA-NeXT, not of {model_type}: use transformers serve")
+
+
+def _refusing(config_class: type, error: ShortVError, model_type: str | None = None) -> type:
     def refuse(self, *args, **kwargs):
         raise error
 
-    return type(config_class.__name__, (config_class,), {"__init__": refuse})
+    members = {"__init__": refuse, "model_type": model_type or config_class.model_type}
+    return type(config_class.__name__, (config_class,), members)

@@ -184,10 +184,18 @@ generated = pipe(text=messages, max_new_tokens=8, return_full_text=False, genera
 model.save_pretrained(folder + "-again")
 processor.save_pretrained(folder + "-again")
 again = AutoModel.from_pretrained(folder + "-again", dtype=torch.float32, **trust)
+
+def answer(model):
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    return processor.decode(tokens, skip_special_tokens=True).strip()
+
 print(json.dumps({
     "classes": [type(each).__name__ for each in (config, model, pipe.model, again)],
     "layers": again.config.replaced_layers,
-    "answers": [answer(each, processor) for each in (model, again)] + [generated[0]["generated_text"].strip()],
+    "answers": [answer(each) for each in (model, again)] + [generated[0]["generated_text"].strip()],
 }))
 """
 

@@ -356,6 +356,13 @@ class TestBadInput:
         with pytest.raises((ShortVError, ValueError), match=message):
             serve(str(folder), [])
 
+    def test_a_family_that_the_plugin_does_not_run(self, tmp_path):
+        folder = tmp_path / "package"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "shortv_qwen2_5_vl"}')
+        with pytest.raises(ShortVError, match="LLaVA-NeXT, not of shortv_qwen2_5_vl"), engine(folder):
+            pass
+
     def test_engine_options(self, package):
         with pytest.raises(ShortVError, match="LoRA adapters"), engine(self.edited(package), enable_lora=True):
             pass
