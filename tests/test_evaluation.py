@@ -268,7 +268,7 @@ class TestRun:
         with pytest.raises(ShortVError, match="replaces no layers"):
             choose_variants(model.config, compare=True)
         assert [variant.name for variant in choose_variants(model.config)] == ["dense"]
-        with pytest.raises(ShortVError, match="--method shortv: the model replaces no layers"):
+        with pytest.raises(ShortVError, match="--method shortv: .*no layers"):
             choose_variants(model.config, methods=parse_methods("shortv+vtw:3"))
         assert [variant.name for variant in choose_variants(model.config, methods=parse_methods("vtw:3"))] == ["vtw-3"]
         model.set_replaced_layers(LAYERS)
@@ -345,7 +345,7 @@ class TestQuestionFiles:
         assert question == Question(1, "What is a star?", reference="5")
         assert len(Answerer(*embedded, max_new_tokens=2).answer([question]).answers) == 1
         path.write_text('{"image": "0.png", "text": "What?"}')
-        with pytest.raises(ShortVError, match="line 1: is about image '0.png'; give .* --images DIR"):
+        with pytest.raises(ShortVError, match="line 1: .*'0.png'.* --images"):
             read_questions(path, None)
 
 
@@ -488,7 +488,7 @@ def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
     options = EvaluationOptions(
         str(package_folder), tmp_path / "out", **asked, card=package_folder, replaced_layers="3"
     )
-    with pytest.raises(ShortVError, match="its layers are not those to be evaluated"):
+    with pytest.raises(ShortVError, match="layers are not those"):
         evaluate_command.run(options)
     assert not (tmp_path / "out").exists()
 
@@ -537,5 +537,5 @@ def test_contradictions_come_before_any_work(tmp_path, options, words):
 
 def test_a_harness_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_options, "find_spec", lambda name: None)
-    with pytest.raises(ShortVError, match="--lmms-tasks needs lmms-eval: pip install lmms_eval"):
+    with pytest.raises(ShortVError, match="--lmms-tasks needs lmms-eval"):
         EvaluationOptions("no/model", tmp_path / "out", lmms_tasks="pope").check()

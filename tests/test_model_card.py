@@ -232,7 +232,7 @@ def test_the_table_compares_and_the_metadata_have_this_models_score_alone(tmp_pa
     ] == [("lmms-lab/MMMU", [35.3]), ("mine", [60.91]), ("lmms-lab/GQA", [61.5])]
     assert check_card(str(card)) == ([], [])
     (folder / "evaluation.json").write_text('{"results": [{"data": "gqa"}]}')
-    with pytest.raises(ShortVError, match="evaluation.json: no evaluation wrote it so"):
+    with pytest.raises(ShortVError, match="evaluation.json: "):
         make_card(folder, "package")
 
 

@@ -181,7 +181,7 @@ class TestSettings:
 
     def test_a_tokenizer_without_the_image_token(self, base, package):
         edit(base / "config.json", image_token_index=380)
-        with pytest.raises(ShortVError, match="its tokenizer has no token 380, which stands for images"):
+        with pytest.raises(ShortVError, match="no token 380"):
             package()
 
     def test_files_of_other_parts_come_along(self, base, package, tmp_path):
@@ -267,7 +267,7 @@ class TestChatTemplates:
         entries = json.loads((base / "config.json").read_text())
         entries["text_config"] |= {"model_type": "gemma", "head_dim": 8}
         write(base / "config.json", entries)
-        with pytest.raises(ShortVError, match="there is none; give one with --chat-template, a file or vicuna_v1"):
+        with pytest.raises(ShortVError, match="--chat-template.* vicuna_v1"):
             package(weights=False)
 
     def test_system_sentences(self, base):
@@ -454,7 +454,7 @@ def test_pictures_of_another_models_size_are_refused(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(CHECKPOINT, base)
     edit(base / "preprocessor_config.json", size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
-    with pytest.raises(ShortVError, match="its processor does not fit config.json"):
+    with pytest.raises(ShortVError, match="does not fit config.json"):
         load_processor(base)
 
 
@@ -462,6 +462,6 @@ def test_a_backbone_that_shortv_does_not_know_is_refused_before_any_copying(base
     entries = json.loads((base / "config.json").read_text())
     entries["text_config"]["model_type"] = "phi3"
     write(base / "config.json", entries)
-    with pytest.raises(ShortVError, match="text backbone 'phi3' is not supported; those are: Gemma, Granite, Llama"):
+    with pytest.raises(ShortVError, match="'phi3' is not supported"):
         package(weights=False)
     assert not (tmp_path / "package").exists()

@@ -200,6 +200,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_PROCESSOR)
 def test_loads_without_this_repository(family, made, tmp_path):
     """With trust_remote_code, by the Auto classes and the pipeline, and once more from what `save_pretrained` wrote."""
