@@ -48,7 +48,11 @@ STRATEGIES = {
     "cosine": "by how little they turn the visual tokens' states (cosine similarity), least first",
     "random": "at random",
 }
-NEEDS_TORCHVISION = ("shortv_llava_next_video", "shortv_llava_onevision")  # for their video processors
+# What processors need beside pillow, by model type: most for videos.
+WITH_TORCHVISION = (
+    "internvl", "llava_next_video", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"
+)  # fmt: skip
+NEEDED = dict.fromkeys(WITH_TORCHVISION, ["torchvision"]) | {"smolvlm": ["torchvision", "num2words"]}
 PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
 
 # Parts of the names of benchmarks about text in pictures.
@@ -264,7 +268,7 @@ def _frozen(config) -> str:
 
 
 def _intro(config, name: str, data: ModelCardData) -> str:
-    base = _link(data.base_model) if data.base_model else "A LLaVA checkpoint"
+    base = _link(data.base_model) if data.base_model else "a checkpoint of unknown origin"
     frozen, ratio = _frozen(config), flops_ratio(config)
     title = f"# {' '.join(name.split('/')[-1].split())}\n\n"
     if not frozen:
@@ -304,8 +308,8 @@ def _quantised_by(config) -> str | None:
 def _use(config, name: str, tag: str | None, space: str | None) -> str:
     loaded = _quoted(name) + (f", revision={_quoted(tag)}" if tag else "")
     needed = ["transformers", "accelerate", "pillow"]
-    if config.vision_config.model_type == "pixtral" or config.model_type in NEEDS_TORCHVISION:
-        needed.append("torchvision")
+    pixtral = ["torchvision"] * (config.vision_config.model_type == "pixtral")
+    needed += NEEDED.get(config.model_type.removeprefix("shortv_"), pixtral)
     if (_quantised_by(config) or "").startswith("bitsandbytes"):
         needed.append("bitsandbytes")
     shown = f"Try it in [its Space](https://huggingface.co/spaces/{space}), or run it.\n\n" if space else ""

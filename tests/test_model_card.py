@@ -176,6 +176,8 @@ def test_a_calibration_with_corrections(tmp_path):
     ("entries", "needed"),
     [
         ({"model_type": "shortv_llava_onevision"}, "torchvision"),
+        ({"model_type": "shortv_qwen2_vl", "vision_config": {}}, "torchvision"),
+        ({"model_type": "shortv_smolvlm"}, "num2words"),
         ({"vision_config": {"model_type": "pixtral"}}, "torchvision"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
         ({}, "pillow"),
