@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from peft import LNTuningConfig, get_peft_model
-from processes import torchrun
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from processes import torchrun
 from shortv_llava.examples import finetune_lora
 
 LAYOUT = ["tttIttttt", "tIttItt", "tttttt"]
