@@ -12,6 +12,7 @@ from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import cache_name, text_decoder
 from shortv_llava.evaluation.hiding import (
     by_name,
+    check_family,
     forward_pre_hooks,
     last_row_attention,
     most_attended,
@@ -31,10 +32,14 @@ def dropped(model, dropping: Dropping | None) -> Iterator[None]:
 
     Args:
         model: LLaVA or ShortV LLaVA with its head, with SDPA or eager attention.
+
+    Raises:
+        ShortVError: if the model is none of LLaVA's families.
     """
     if dropping is None:
         yield
         return
+    check_family(model.config)
     dropper, layers = _Dropper(model, dropping), text_decoder(model).layers
     hooks = [(model.model, dropper.begin), (layers[dropping.layer - 1].self_attn, dropper.choose)]
     with forward_pre_hooks([*hooks, *((layer, dropper.drop) for layer in layers[dropping.layer :])]):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shortv_llava import LLAVA_FAMILIES
 from shortv_llava.calibrate.contribution import last_tokens
 from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import cache_name, text_decoder
@@ -33,12 +34,13 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
         model: LLaVA or ShortV LLaVA with its head.
 
     Raises:
-        ShortVError: if the model's attention implementation is neither `sdpa` nor `eager`.
+        ShortVError: if the model is none of LLaVA's families, or its attention is neither `sdpa` nor `eager`.
         ValueError: in a forward pass with a non-empty cache, if its tokens include visual tokens.
     """
     if dropping is None:
         yield
         return
+    check_family(model.config)
     implementation = model.config.text_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ShortVError(f"a method that drops visual tokens needs sdpa or eager attention, not {implementation!r}")
@@ -48,6 +50,13 @@ def hidden(model, dropping: Dropping | None) -> Iterator[None]:
         hooks.append((layers[dropping.layer - 1].self_attn, hiding.choose))
     with forward_pre_hooks([*hooks, *((layer, hiding.hide) for layer in layers[dropping.layer :])]):
         yield
+
+
+def check_family(config) -> None:
+    """Raises [`ShortVError`] for a model whose masks and positions differ by layer, or may."""
+    family = config.model_type.removeprefix("shortv_")
+    if family not in LLAVA_FAMILIES:
+        raise ShortVError(f"methods that drop visual tokens run with LLaVA's families alone, not with {family}")
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.cli import app
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer
+from shortv_llava.evaluation.hiding import hidden
+from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.evaluation.questions import Question
 
 NEED_TORCHVISION = ("InternVL", "Mistral3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM")  # for their video processors
@@ -211,3 +213,9 @@ def test_loads_without_this_repository(family, made, tmp_path):
     name = f"ShortV{twins.families.class_name(family)}"
     assert result["classes"] == [f"{name}Config"] + [f"{name}ForConditionalGeneration"] * 3
     assert result["layers"] == [1, 2] and len(set(result["answers"])) == 1
+
+
+def test_methods_that_drop_are_refused():
+    model = twins.families.pair("Gemma3")[1]
+    with pytest.raises(ShortVError, match="LLaVA's families.*gemma3"), hidden(model, Dropping(1, 0.5)):
+        pass
