@@ -69,7 +69,7 @@ class PrefillOptions:
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Shape of the model: {NAMES}. Repeat it for several. By default scaled LLaVAs, on a GPU the others."
+            help=f"Shape of the model: {NAMES}. Repeat it for several. Default: the first two, on a GPU the next four."
         ),
     ] = None
     layers: Annotated[
@@ -162,7 +162,7 @@ def methods(
 
     Example:
 
-        shortv bench methods my-package --corrected my-corrected --questions mine.jsonl --images photos
+        shortv bench methods all --corrected best --questions q.jsonl --images i
     """
     check_metric(metric)
     check_writable(output)

@@ -42,13 +42,13 @@ def scaled(width: int = 1024, num_layers: int = 16, image_side: int = 24, tiles:
 SHAPES = {
     "scaled": scaled(),
     "scaled-next": scaled(tiles=5),
-    # The proportions of Qwen2.5-7B, which both have, and pictures of 896 x 896 pixels.
-    "scaled-qwen2.5-vl": Shape(1024, 16, 5408, 128, 32, family="qwen2_5_vl", key_heads=1),
-    "scaled-internvl": Shape(1024, 16, 5408, 128, 16, tiles=4, family="internvl", key_heads=1),
     "llava-1.5-7b": Shape(4096, 32, 11008, 128, published="llava-1.5-7b"),
     "llava-1.5-13b": Shape(5120, 40, 13824, 128, published="llava-1.5-13b"),
     "llava-next-7b": Shape(4096, 32, 11008, 128, tiles=5, published="llava-next-7b"),
     "llava-next-13b": Shape(5120, 40, 13824, 128, tiles=5, published="llava-next-13b"),
+    # The proportions of Qwen2.5-7B, which both have, and pictures of 896 x 896 pixels.
+    "qwen2.5vl": Shape(1024, 16, 5408, 128, 32, family="qwen2_5_vl", key_heads=1),
+    "internvl": Shape(1024, 16, 5408, 128, 16, tiles=4, family="internvl", key_heads=1),
 }
 
 

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shortv_llava.checkpoint.package import write_package
 from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 logging.disable_progress_bar()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which children of a job in the background would ignore
 torch.set_num_threads(1)  # small models; two threads on two busy cores wait for each other
 
 REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
