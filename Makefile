@@ -1,6 +1,8 @@
 PYTHON ?= python3.11
 # Contiguous parts of the tests for each process, so that few fixtures are made twice; one that is done takes from others.
 SHARED = -n auto --dist worksteal
+# Tests in which neither transformers nor the Hub's client takes part.
+INDEPENDENT = flops json_lines lmms_results metrics official outputs scoring
 
 .PHONY: demo test test-oldest test-slow test-lmms-eval test-vllm matrix clean
 
@@ -12,7 +14,7 @@ test: .venv/torchao
 	PYTHONPATH=.venv/torchao .venv/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-oldest: .venv-oldest/torchao
-	.venv-oldest/bin/python -m pytest $(SHARED) -m "not slow"
+	.venv-oldest/bin/python -m pytest $(SHARED) -m "not slow" $(INDEPENDENT:%=--ignore=tests/test_%.py)
 	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest tests/test_quantisation.py -k torchao
 
 test-slow: .venv/torchao
@@ -54,7 +56,7 @@ matrix:
 .venv-vllm/installed: requirements/vllm.txt pyproject.toml
 	$(call install,.venv-vllm,requirements/vllm.txt)
 
-# It has torchvision, which processors of most families outside LLaVA's need, and SmolVLM's num2words: their twins are tried here.
+# Processors of most families outside LLaVA's need its torchvision, and SmolVLM's num2words: their twins are tried here.
 # Beside a CPU's torch, torchaudio and torchcodec cannot be imported and torchvision only where its operators are defined.
 .venv-vllm/vllm: PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 .venv-vllm/vllm: .venv-vllm/installed
