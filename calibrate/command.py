@@ -32,7 +32,7 @@ MAX_RANK = 64  # default rank of corrections; an eighth of the hidden size if th
 class CalibrationOptions:
     """The options of `shortv calibrate`."""
 
-    base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")]
+    base: Annotated[str, typer.Argument(help="Checkpoint of a supported family: a folder or a Hub id.")]
     output: Output
     data: Annotated[
         list[str],

@@ -149,8 +149,8 @@ class Run:
             scores = self.scores(choice, units)
             order = self.order(choice, units, scores)
             numbers = range(len(order) + 1)
-        # The curve of whole layers uses one fit, with all layers frozen, for every number of layers.
-        fitted = self.fit(units, order, rank) if rank and granularity == "layer" and len(numbers) > 1 else {}
+        # The curve of whole layers uses corrections of each layer alone. Those fitted together serve their number only.
+        fitted = self.fit_alone(units, rank) if rank and granularity == "layer" and len(numbers) > 1 else {}
         curve = []
         for number in self.progress(numbers, "cost", "choice"):
             frozen = units.frozen(order[:number])
@@ -193,6 +193,10 @@ class Run:
             samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(own))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)
 
+    def fit_alone(self, units: Units, rank: int) -> dict[int, Factors]:
+        """Corrections of every layer, or of every FFN, on the dense model's states."""
+        return self.fit(units, range(len(units) - units.num_layers, len(units)), rank, alone=True)
+
     def place_for_states(self, inputs, number: int) -> Path | None:
         """The output folder if the states of `number` samples like this one would fill half of the free memory."""
         first_dense_and_corrected = 3
@@ -208,9 +212,7 @@ class Run:
         granularity, corrections = units.granularity, None
         name = f"{granularity} LC"
         if choice.chosen_by == "corrected-lc":
-            all_ffns = range(len(units) - units.num_layers, len(units))
-            like = self.model.lm_head.weight
-            fitted = self.fit(units, all_ffns, choice.correction_rank, alone=True)
+            like, fitted = self.model.lm_head.weight, self.fit_alone(units, choice.correction_rank)
             corrections = {layer: make_correction(factors, like) for layer, factors in fitted.items()}
             name += ", plain and corrected"
 

@@ -21,7 +21,7 @@ from shortv_llava.commands import (
 class PackageOptions:
     """The options of `shortv package`."""
 
-    base: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")]
+    base: Annotated[str, typer.Argument(help="Checkpoint of a supported family: a folder or a Hub id.")]
     output: Output
     layers: Annotated[
         str,

@@ -205,3 +205,5 @@ def put_corrections(folder: Path, tensors: dict[str, Any]) -> None:
     found["weight_map"] = kept | dict.fromkeys(tensors, CORRECTION_FILE)
     found.get("metadata", {}).pop("total_size", None)  # the base's size
     write_json(index, found)
+    if tensors:
+        shutil.copymode(index, folder / CORRECTION_FILE)  # safetensors writes files that their owner alone can read

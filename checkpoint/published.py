@@ -50,7 +50,8 @@ def parse_layers(spec: str, base: str) -> list[int]:
         for known, model in PUBLISHED.items():
             if (name or base) in (known, model.original_id, model.hf_id):
                 return list(model.replaced_layers)
-        hint = "" if name else f"; name one for a local copy or a fine-tune, such as published:{next(iter(PUBLISHED))}"
+        hint = f"; find them with shortv calibrate, or name one for its fine-tune: published:{next(iter(PUBLISHED))}"
+        hint = "" if name else hint
         raise ShortVError(f"no layers are published for {name or base!r}, only for {', '.join(PUBLISHED)}{hint}")
     try:
         return [int(entry) for entry in spec.split(",")]
