@@ -165,8 +165,7 @@ def fit_corrections(
         for index, layer in progress(list(enumerate(layers))):
             blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
             blocks = tuple(name for name, frozen in blocks.items() if frozen)
-            fits = index in to_correct
-            norm = layer.input_layernorm if "attention" in blocks else layer.ffn_norm
+            fits, norm = index in to_correct, layer.input_layernorm if "attention" in blocks else layer.ffn_norm
             with weights_in_place(layer):
                 weight = layer.input_layernorm.weight
                 regression = Regression(model.config.text_config.hidden_size, weight.device) if fits else None
