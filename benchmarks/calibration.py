@@ -12,13 +12,14 @@ import torch
 from shortv_llava.benchmarks.models import make_inputs, make_pair
 from shortv_llava.benchmarks.sizes import Shape
 from shortv_llava.calibrate.contribution import divergence, layer_contribution
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.loading import text_decoder
 
 
 @torch.no_grad()
 def one_pass_each(model, inputs) -> torch.Tensor:
     """LC scores of a stock LLaVA by L + 1 full passes: float64 of shape `(num_layers,)`."""
-    visual = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+    visual = visual_tokens(model.config, inputs["input_ids"]).unsqueeze(-1)
 
     def logits() -> torch.Tensor:
         return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]

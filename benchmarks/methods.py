@@ -176,7 +176,7 @@ def run(
     beside = {ratio: [] for ratio in ratios}
     for package in corrected:
         config = config_object(read_config(package))
-        variant = Variant("shortv-corrected", dict(zip(LAYER_LISTS, map(config.__getattribute__, LAYER_LISTS))))
+        variant = Variant("shortv-corrected", {name: getattr(config, name) for name in LAYER_LISTS})
         found = variant.flops_ratio(config, *reversed(methods.tokens))
         method = Method("ShortV, corrected", f"{len(config.replaced_layers)} layers", [variant], found)
         reached = [ratio for ratio in ratios if found <= ratio]

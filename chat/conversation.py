@@ -16,12 +16,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from shortv_llava.chat.prompts import chat_system, picture_mark, process, visual_tokens
+from shortv_llava.chat.prompts import (
+    TOKEN_TYPES,
+    chat_system,
+    has_three_positions,
+    picture_mark,
+    process,
+    visual_tokens,
+)
 from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.errors import ShortVError
 
-# Inputs with an entry for each token; the last two tell text from images, for Gemma 3's masks and Qwen's positions.
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_TYPES)  # inputs with an entry for each token
 
 
 class RopePositions(NamedTuple):
@@ -37,8 +43,8 @@ class RopePositions(NamedTuple):
 
 
 def rope_positions(model, inputs) -> RopePositions | None:
-    """Positions of a prompt, for models whose visual tokens have three, as Qwen's."""
-    if not hasattr(model.model, "get_rope_index"):
+    """Positions of a prompt, for models whose visual tokens have three."""
+    if not has_three_positions(model):
         return None
     taken = inspect.signature(model.model.get_rope_index).parameters
     positions, delta = model.model.get_rope_index(**{name: inputs[name] for name in taken if name in inputs})
@@ -210,7 +216,7 @@ class Conversation:
     def _sequence(self, turns: Sequence[Turn]) -> list[int | Picture]:
         """The prompt with one entry a token: its id, or the picture for each of a picture's visual tokens."""
         prompt, mark = self._render(turns), picture_mark(self.processor)
-        pictures = [picture for turn in turns for picture in turn.pictures]
+        self.pictures = pictures = [picture for turn in turns for picture in turn.pictures]
         if (places := prompt.count(mark)) != len(pictures):
             raise ShortVError(
                 f"{places} times {mark} for {len(pictures)} images; leave {mark} out of questions, /image adds an image"
@@ -241,8 +247,10 @@ class Conversation:
         inputs = {"input_ids": torch.tensor([[image_token if isinstance(e, Picture) else e for e in entries]])}
         pictures = list(dict.fromkeys(entry for entry in entries if isinstance(entry, Picture)))
         if pictures:
-            marks = picture_mark(self.processor) * len(pictures)
-            found = process(self.processor, [marks], [picture.image for picture in pictures])
+            found = self.inputs  # of the whole prompt
+            if pictures != self.pictures:  # some are in the cache
+                marks = picture_mark(self.processor) * len(pictures)
+                found = process(self.processor, [marks], [picture.image for picture in pictures])
             inputs |= {name: value for name, value in found.items() if name not in PER_TOKEN}
         if "token_type_ids" in self.inputs and start < self.inputs["input_ids"].shape[1]:  # in Gemma 3's prompt
             inputs["token_type_ids"] = self.inputs["token_type_ids"][:, : start + len(entries)]

@@ -24,6 +24,15 @@ CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 PICTURES_BY_PROMPT = ("Gemma3Processor", "Idefics3Processor", "SmolVLMProcessor")
 
 
+# Inputs that tell images from text, for Gemma 3's masks and Qwen's positions.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def has_three_positions(model) -> bool:
+    """Whether a visual token has a position in time, in height and in width, as Qwen's."""
+    return hasattr(model.model, "get_rope_index")
+
+
 def picture_mark(processor) -> str:
     """What stands for a picture in a prompt: the image token, but the token that begins an image for Gemma 3."""
     return getattr(processor, "boi_token", None) or processor.image_token

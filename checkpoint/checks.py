@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shortv_llava import LLAVA_FAMILIES
+from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.config import class_of, config_object, read_config
 from shortv_llava.checkpoint.processors import process_probe
 from shortv_llava.errors import ShortVError, first_line, one_line
@@ -129,7 +130,7 @@ def check_pictures(folder: Path, model, processor) -> None:
     if family not in SHAPES_ALONE or model.config.vision_config.model_type == "pixtral":
         return
     inputs = process_probe(processor)
-    num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    num_tokens = int(visual_tokens(model.config, inputs["input_ids"]).sum())
     pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
     try:
         with torch.no_grad():

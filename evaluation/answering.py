@@ -8,8 +8,10 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from shortv_llava.chat.prompts import (
+    TOKEN_TYPES,
     TUNING_SYSTEM,
     check_length,
+    has_three_positions,
     make_prompt,
     picture_mark,
     process,
@@ -19,8 +21,6 @@ from shortv_llava.chat.prompts import (
 from shortv_llava.checkpoint.loading import cache_name
 from shortv_llava.checkpoint.processors import pads
 from shortv_llava.evaluation.questions import Question, open_images
-
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # tell images from text, for Gemma 3 and Qwen
 
 
 class Tokens(NamedTuple):
@@ -100,7 +100,7 @@ class Answerer:
         self.model, self.processor, self.batch_size, self.seed = model, processor, batch_size, seed
         self.vicuna_system = vicuna_system
         processor.tokenizer.padding_side = "left"
-        self.has_three_positions = hasattr(model.model, "get_rope_index")  # of a visual token, as Qwen's
+        self.has_three_positions = has_three_positions(model)
         question = "\N{ASTERISM}"
         prompt = make_prompt(processor, question, 1, vicuna_system)
         self.shared_prefix = shared_prefix and prompt.index(picture_mark(processor)) < prompt.index(question)
