@@ -15,6 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from shortv_llava import LLAVA_FAMILIES
 from shortv_llava.calibrate import AROUND
 from shortv_llava.checkpoint.config import LAYER_LISTS, config_object, read_config
 from shortv_llava.checkpoint.package import EVALUATION_FILE
@@ -58,9 +59,10 @@ PICTURE = "https://huggingface.co/datasets/huggingface/documentation-images/reso
 # Parts of the names of benchmarks about text in pictures.
 TEXT_BENCHMARKS = ("ocr", "docvqa", "textvqa", "chartqa", "ai2d", "infovqa", "infographic", "stvqa")
 TEXT_HINT = (
-    "No benchmark here is about text in pictures, where the published layers are known to lose: LLaVA-1.5-7B from 21.5 "
-    "to 17.9 on DocVQA and from 31.3 to 29.5 on OCRBench, LLaVA-NeXT-7B from 68.4 to 59.8 and from 52.3 to 45.6, as "
-    "measured by V-Skip (https://arxiv.org/abs/2606.08511) and SPIDER (https://openreview.net/forum?id=aGpSK6QH3w)."
+    "No benchmark here is about text in pictures, where frozen layers without corrections are known to lose: with the "
+    "published layers LLaVA-1.5-7B fell from 21.5 to 17.9 on DocVQA and from 31.3 to 29.5 on OCRBench, LLaVA-NeXT-7B "
+    "from 68.4 to 59.8 and from 52.3 to 45.6, as measured by V-Skip (https://arxiv.org/abs/2606.08511) and SPIDER "
+    "(https://openreview.net/forum?id=aGpSK6QH3w)."
 )
 BLOCKS = ("intro", "use", "layers", "cost", "evaluation", "terms")  # the generated parts
 # A sentence that transformers' `push_to_hub` adds to Hugging Face's card template.
@@ -92,7 +94,7 @@ TEMPLATE = (
   cost what they cost in the base model, and the key-value cache is as large.
 - It can change answers, most where details of the picture matter. What the base model gets wrong, makes up or is biased
   in, this one does too.
-- Loading needs `trust_remote_code=True`, for the two Python files of this repository. Read them, and pin `revision=` to
+- Loading needs `trust_remote_code=True`, for the Python files of this repository. Read them, and pin `revision=` to
   the commit that you have read.
 
 {{ terms }}
@@ -107,6 +109,7 @@ TEMPLATE = (
   booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year      = {2025}
 }
+{%- if of_llava %}
 
 @inproceedings{liu2024improved,
   title     = {Improved Baselines with Visual Instruction Tuning},
@@ -114,6 +117,7 @@ TEMPLATE = (
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year      = {2024}
 }
+{%- endif %}
 ```
 """
 )
@@ -195,7 +199,8 @@ def make_card(
         for block, text in zip(BLOCKS, texts)
     }
     if existing is None or not has_words(existing):
-        return ModelCard.from_template(data, template_str=TEMPLATE, **blocks)
+        of_llava = config.model_type.removeprefix("shortv_") in LLAVA_FAMILIES
+        return ModelCard.from_template(data, template_str=TEMPLATE, of_llava=of_llava, **blocks)
     card = copy.copy(existing)
     card.data = data
     for block, text in blocks.items():
@@ -552,7 +557,7 @@ def _terms(folder: Path, data: ModelCardData) -> str:
         "## Licence",
         f"The weights come from {base} and stay under its terms: {named}."
         + (f" See {', '.join(files)}." if files else "")
-        + " The two Python files are under Apache-2.0.",
+        + " The Python files are under Apache-2.0.",
     ]
     parts += [NOTICES[one] for one in told["license"] if one in NOTICES]
     return "\n\n".join(parts)

@@ -2,12 +2,15 @@
 
 import base64
 import os
+from contextlib import contextmanager
 
 import pytest
+import twins
 from server import WITHOUT_NETWORK, WITHOUT_REPOSITORY, running
 
 from shortv_llava.chat.prompts import CAPTION_PROMPT
 from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.package import write_package
 from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.examples.shapes_llava import CHECKPOINT
 
@@ -18,13 +21,12 @@ IMAGES = CHECKPOINT.parent / "samples" / "images"
 MAX_TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def server(package_folder, tmp_path_factory):
-    """A client, and the server's log."""
-    home = tmp_path_factory.mktemp("home")
+@contextmanager
+def serving(folder, home):
+    """A client of a server of the package, and the server's log."""
     with running(
         WITHOUT_REPOSITORY + WITHOUT_NETWORK + "from transformers.cli.transformers import main\nmain()",
-        *("serve", package_folder, "--trust-remote-code", "--dtype", "float32", "--device", "cpu"),
+        *("serve", folder, "--trust-remote-code", "--dtype", "float32", "--device", "cpu"),
         *("--host", "127.0.0.1", "--port", 0),
         ready=r"running on (http://127\.0\.0\.1:\d+)",
         cwd=home,
@@ -32,6 +34,12 @@ def server(package_folder, tmp_path_factory):
     ) as (url, log):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             yield client, log
+
+
+@pytest.fixture(scope="module")
+def server(package_folder, tmp_path_factory):
+    with serving(package_folder, tmp_path_factory.mktemp("home")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +108,15 @@ def test_the_log_has_no_complaints(server, package_folder):
     words = ("warn", "error", "traceback", "support", "initialized", "unexpected", "reached out")
     assert [line for line in log if any(word in line.lower() for word in words)] == []
     assert any("POST /v1/chat/completions" in line and "200" in line for line in log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", twins.with_processor())
+def test_families_outside_llavas(family, tmp_path):
+    package = tmp_path / "package"
+    write_package(twins.write_twin(family, tmp_path / "base"), package, replaced_layers=[1, 2])
+    loaded = load_model(package, dtype="float32"), load_processor(package)
+    with serving(package, tmp_path) as (client, _):
+        messages = [user("Is it a?", "000.png")]
+        answer = client.chat.completions.create(model=str(package), messages=messages, max_tokens=MAX_TOKENS)
+    assert answer.choices[0].message.content.strip() == generated(loaded, messages)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -31,6 +33,7 @@ from shortv_llava.examples.smol_llava.model import (
     trained_parts,
 )
 from shortv_llava.examples.smol_llava.packing import IGNORED, Packer, answer_states
+from shortv_llava.examples.smol_llava.train import patch_words
 
 ATTRIBUTE_OF = {value: name for name, values in scenes.VALUES.items() for value in values}
 ATTRIBUTE_OF |= {scenes.plural(shape): "shape" for shape in scenes.SHAPES}
@@ -105,6 +108,28 @@ def test_questions_have_the_right_answers():
             assert true_answer(scene, question.kind, question.text) == question.answer, question
             kinds.add(question.kind)
     assert kinds == set(scenes.KINDS)
+
+
+def test_written_numbers():
+    """They are read off the picture as drawn: nothing else is there of their colour in their row but objects."""
+    for scene, questions in scenes.held_out(30, 4, seed="test", numbers=2):
+        assert [(q.kind, q.answer) for q in questions[:2]] == [("number", item.digits) for item in scene.numbers]
+        assert all(f" {item.color} " in question.text for item, question in zip(scene.numbers, questions))
+        words = patch_words(scene)
+        for item in scene.numbers:
+            cells = {item.cell, item.cell + 1}
+            assert (
+                cells.isdisjoint(other.cell for other in scene.objects) and len({c // scenes.GRID for c in cells}) == 1
+            )
+            shown = [
+                words[item.cell // scenes.GRID * 16 + column] for column in range(8)
+            ]  # the upper of two patch rows
+            digits = [patch[0] for patch in shown if patch[1:] in [(o, item.color) for o in scenes.ORDINALS]]
+            assert "".join(digits) == item.digits
+        empty = replace(scene, numbers=())
+        changed = (np.asarray(scenes.draw(scene)) != np.asarray(scenes.draw(empty))).any(-1)
+        patches = changed.reshape(8, 16, 8, 16).any((1, 3)).flatten()
+        assert [bool(set(patch) & set(scenes.ORDINALS)) for patch in words] == patches.tolist()
 
 
 def test_pictures_are_the_same_each_time_and_captions_name_all_objects():
@@ -222,6 +247,9 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
         for name, args in asked.items():
             getattr(found, name)(*args)
             printed[name] = rows_of(capsys.readouterr().out)
+        found.__init__(built, tmp_path / "work", "float32", pictures=2, questions=3, numbers=2)
+        found.kinds(2, 4)
+        printed["kinds with numbers"] = rows_of(capsys.readouterr().out)
         return printed
 
     first = tables()
@@ -248,6 +276,9 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
     assert {"photographs", "photographs and scenes"} < {row["fitted on"] for row in first["fits"]}
     assert [row["FFNs alone"] for row in first["corrected_blocks"]] == ["3", "3", "1", "1"]
     assert int(first["kinds"][-1]["questions"]) == 6 and first["kinds"][-1]["kind"] == "all"
+
+    read = {row["kind"]: row for row in first["kinds with numbers"]}
+    assert int(read["number"]["questions"]) == 4 and "fitted without numbers: KL" in read["number"]
 
     def again(*args, **kwargs):
         raise AssertionError("scores are kept")

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import test_remote_code
 import tiny
 import torch
 import twins
+from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers.utils import is_torchvision_available
+from typer.testing import CliRunner
 
 from shortv_llava.calibrate.contribution import layer_contribution, visual_tokens
 from shortv_llava.chat.conversation import Conversation
@@ -26,8 +28,7 @@ from shortv_llava.evaluation.hiding import hidden
 from shortv_llava.evaluation.methods import Dropping
 from shortv_llava.evaluation.questions import Question
 
-NEED_TORCHVISION = ("InternVL", "Mistral3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM")  # for their video processors
-WITH_PROCESSOR = [name for name in twins.TWINS if is_torchvision_available() or name not in NEED_TORCHVISION]
+WITH_PROCESSOR = twins.with_processor()
 TEXTS = ["is it a\n\nb?", " a  b", "é 中", "a<image>[IMG]<|im_end|><start_of_image>\n\n"]
 FROZEN = {"layers": (1, 2)}
 
@@ -134,21 +135,28 @@ def test_shared_prefixes_change_no_answer(family, made, tmp_path):
         torch.testing.assert_close(logits.double(), found[False][key][1].double(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", WITH_PROCESSOR)
-def test_calibrated_with_corrections(family, made, tmp_path):
-    """By the command, on pictures; the package has corrections beside the base's file, under the base's names."""
-    from typer.testing import CliRunner
-
-    base, _ = made(family)
+@pytest.fixture
+def asked(tmp_path) -> list:
+    """Options of questions about six pictures."""
     lines = []
     for number in range(6):
         noise(80, 50 + number, number).save(tmp_path / f"{number}.png")
-        lines.append({"question_id": number, "image": f"{number}.png", "text": "Is it a?"})
+        lines.append({"question_id": number, "image": f"{number}.png", "text": "Is it a?", "answer": "a"})
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = "--samples 2 --held-out 2 --correction-samples 4 --correction-rank 3 --dtype float32 --fraction 0.75"
-    command = ["calibrate", base, "--data", tmp_path / "questions.jsonl", "--images", tmp_path, *options.split()]
-    done = CliRunner().invoke(app, [*map(str, command), "--output", str(tmp_path / "package")])
+    return [tmp_path / "questions.jsonl", "--images", tmp_path]
+
+
+def shortv(*arguments) -> None:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_calibrated_with_corrections(family, made, asked, tmp_path):
+    """By the command, on pictures; the package has corrections beside the base's file, under the base's names."""
+    base, _ = made(family)
+    options = "--samples 2 --held-out 2 --correction-samples 4 --correction-rank 3 --dtype float32 --fraction 0.75"
+    shortv("calibrate", base, "--data", *asked, *options.split(), "--output", tmp_path / "package")
     model = load_model(tmp_path / "package", dtype=torch.float32)
     assert len(model.config.replaced_layers) == 3 and model.config.lc_scores[3] == 0
     if model.config.corrected_layers:
@@ -156,6 +164,25 @@ def test_calibrated_with_corrections(family, made, tmp_path):
         names = [name for name in index if ".correction." in name]
         assert len(names) == 3 * len(model.config.corrected_layers)
         assert all(name.split("correction")[0] + "input_layernorm.weight" in index for name in names)
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_evaluated_and_published(family, made, asked, hub, tmp_path):
+    """The scores stand in the card, and what comes back from the Hub is the package."""
+    folder = shutil.copytree(made(family)[1], tmp_path / "package")
+    options = ("--metric", "gqa", "--compare", "--max-new-tokens", 2, "--dtype", "float32", "--card", folder)
+    shortv("evaluate", folder, "--questions", *asked, *options, "--output", tmp_path / "out")
+    shortv("push", folder, "alice/twin", "--license", "apache-2.0")
+    pushed = Path(snapshot_download("alice/twin"))
+    card = ModelCard.load(pushed / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.license == "apache-2.0"
+    assert "questions" in card.text and "frozen in 2 of 4 layers" in card.text and "LLaVA" not in card.data.to_yaml()
+    assert "Improved Baselines" not in card.text
+    files = f"modeling_{read_config(folder)['model_type']}", "configuration_shortv_llava", "modeling_shortv_llava"
+    assert {path.stem for path in pushed.glob("*.py")} == set(files)
+    ours = load_model(folder, dtype=torch.float32).state_dict()
+    for name, tensor in load_model(pushed, dtype=torch.float32).state_dict().items():
+        assert torch.equal(tensor, ours[name])
 
 
 def test_picture_marks():

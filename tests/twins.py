@@ -11,7 +11,9 @@ import families
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers.utils import is_torchvision_available
 
+NEED_TORCHVISION = ("InternVL", "Mistral3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM")  # for their video processors
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
@@ -164,6 +166,11 @@ TWINS = {
     "Qwen2_5_VL": qwen("Qwen2_5_VLProcessor"),
     "Qwen3VL": qwen("Qwen3VLProcessor"),
 }  # fmt: skip
+
+
+def with_processor() -> list[str]:
+    """The families whose processor can be made here."""
+    return [family for family in TWINS if is_torchvision_available() or family not in NEED_TORCHVISION]
 
 
 def make_tokenizer(family: str) -> Tokenizer:

@@ -230,13 +230,22 @@ class Conversations:
 
 
 def run(
-    name: str, modules: nn.ModuleDict, loss_of, work: Path, steps: int, lr: float, save_every: int = 200, saved=None
+    name: str,
+    modules: nn.ModuleDict,
+    loss_of,
+    work: Path,
+    steps: int,
+    lr: float,
+    save_every: int = 200,
+    saved=None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Train `modules` with `loss_of(step) -> loss` in bfloat16, continuing from the last state in `work`.
+    """Train `modules` with `loss_of(step) -> loss`, continuing from the last state in `work`.
 
     Args:
         save_every: steps between two saved states.
         saved: called with the number of finished steps and the running mean of the loss, before a state is saved.
+        dtype: of autocast; float32 for none.
     """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
@@ -249,7 +258,7 @@ def run(
             part.load_state_dict(state[key])
     average, device = None, next(modules.parameters()).device.type
     for step in (progress := tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=30)):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

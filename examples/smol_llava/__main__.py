@@ -7,25 +7,36 @@ from typing import Annotated
 import typer
 
 from shortv_llava.errors import ShortVError
+from shortv_llava.examples.smol_llava import scenes
 from shortv_llava.examples.smol_llava.model import TRAINED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+TrainingDtype = Annotated[str, typer.Option("--dtype", help="`float32` where the processor has no bfloat16.")]
 
 
 @app.command()
 def train(
     work: Annotated[Path, typer.Option(help="For states; an interrupted run continues from them.")] = Path("training"),
     output: Annotated[Path, typer.Option(help="For what is trained and the log.")] = TRAINED,
+    dtype: TrainingDtype = "bfloat16",
     seed: int = 0,
 ) -> None:
     """Train vision tower, projector and LoRA, then make the runs for comparison."""
-    import torch
+    training(work, dtype, seed).run_all(output)
 
-    from shortv_llava.examples.smol_llava.language_model import load_language_model
-    from shortv_llava.examples.smol_llava.train import Training
 
-    torch.manual_seed(seed)
-    Training(work, *load_language_model()).run_all(output)
+@app.command()
+def train_numbers(
+    work: Annotated[Path, typer.Option(help="For states; an interrupted run continues from them.")],
+    output: Annotated[Path, typer.Option(help="For what is trained and the log.")],
+    trained: Annotated[Path, typer.Option(help="Folder of what was trained, to continue from.")] = TRAINED,
+    dtype: TrainingDtype = "bfloat16",
+    seed: int = 0,
+) -> None:
+    """Train on, to read numbers that are written in the pictures."""
+    training(work, dtype, seed, scenes.NUMBERS).read_numbers(trained, output)
 
 
 @app.command()
@@ -49,7 +60,6 @@ def questions(
 ) -> None:
     """Write questions never trained on, for `shortv calibrate --data` and `shortv evaluate --questions`."""
     from shortv_llava.examples.shapes_llava.shapes import write_questions
-    from shortv_llava.examples.smol_llava import scenes
 
     write_questions(folder, scenes.held_out(pictures, number, seed), scenes.draw)
 
@@ -138,9 +148,10 @@ def kinds(
     work: Work = WORK,
     number: Number = 24,
     rank: int = 64,
+    numbers: Annotated[bool, typer.Option(help="Written in the pictures; for what `train-numbers` trained.")] = False,
 ) -> None:
     """Kinds of question apart: what corrections mend."""
-    evidence(folder, work, dtype, pictures).kinds(number, rank)
+    evidence(folder, work, dtype, pictures, scenes.NUMBERS * numbers).kinds(number, rank)
 
 
 @app.command()
@@ -183,12 +194,23 @@ def ingredients(
 @app.command()
 def log(trained: Annotated[Path, typer.Option(help="Folder of what was trained.")] = TRAINED) -> None:
     """Layer Contribution and accuracy along the training."""
-    from shortv_llava.examples.smol_llava.evidence import training
+    from shortv_llava.examples.smol_llava.evidence import print_log
 
-    training(trained / "training.jsonl")
+    print_log(trained / "training.jsonl")
 
 
-def evidence(folder: Path, work: Path, dtype: str, pictures: int):
+def training(work: Path, dtype: str, seed: int, numbers: int = 0):
+    import torch
+
+    from shortv_llava.examples.smol_llava.language_model import load_language_model
+    from shortv_llava.examples.smol_llava.train import Training
+
+    torch.manual_seed(seed)
+    language_model, tokenizer = load_language_model()
+    return Training(work, language_model.to(getattr(torch, dtype)), tokenizer, numbers)
+
+
+def evidence(folder: Path, work: Path, dtype: str, pictures: int, numbers: int = 0):
     import torch
     from transformers.utils import logging
 
@@ -196,7 +218,7 @@ def evidence(folder: Path, work: Path, dtype: str, pictures: int):
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    return Evidence(folder, work, dtype, pictures)
+    return Evidence(folder, work, dtype, pictures, numbers=numbers)
 
 
 def main() -> None:

@@ -74,20 +74,22 @@ class Evidence:
     Args:
         folder: the built checkpoint.
         pictures, questions: number of held-out pictures to measure on, and of questions about each.
+        numbers: number of written numbers in every picture.
     """
 
-    def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10):
+    def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10, numbers: int = 0):
         self.folder, self.dtype = folder, getattr(torch, dtype)
-        self.kept = work / f"kept-{dtype}.json"
+        self.kept = work / f"kept-{dtype}{'-numbers' if numbers else ''}.json"
         work.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(folder)
         self.model = load_model(folder, dtype=self.dtype).eval()
         self.packer = Packer(self.processor)
-        self.size = pictures, questions
+        self.size, self.numbers = (pictures, questions), numbers
+        self.held_out = partial(scenes.held_out, numbers=numbers)
 
     @cached_property
     def meter(self) -> Meter:
-        return Meter(self.packer, scenes.held_out(*self.size))
+        return Meter(self.packer, self.held_out(*self.size))
 
     @cached_property
     def dense(self) -> Reading:
@@ -102,7 +104,7 @@ class Evidence:
     @cached_property
     def prompt_tokens(self) -> tuple[int, int]:
         """Mean numbers of text and visual tokens of some prompts."""
-        asked = [question for _, questions in scenes.held_out(20, 9, seed="calibration") for question in questions]
+        asked = [question for _, questions in self.held_out(20, 9, seed="calibration") for question in questions]
         rows = [self.packer.row([question]) for question in asked]
         mean = statistics.mean(row.labels.count(IGNORED) for row in rows)
         return round(mean) - VISUAL_TOKENS, VISUAL_TOKENS
@@ -132,11 +134,11 @@ class Evidence:
 
     @cached_property
     def many(self) -> Meter:
-        return Meter(self.packer, scenes.held_out(*MANY, seed="calibration"))
+        return Meter(self.packer, self.held_out(*MANY, seed="calibration"))
 
     @cached_property
     def few(self) -> Meter:
-        return Meter(self.packer, scenes.held_out(*FEW, seed="calibration, few"))
+        return Meter(self.packer, self.held_out(*FEW, seed="calibration, few"))
 
     def one_a_picture(self, turn: int = 0) -> torch.Tensor:
         """Indices of MANY's samples with one question about each picture."""
@@ -158,7 +160,7 @@ class Evidence:
         if name == "LC":
             return units.order_by(self.lc("many", self.many)[self.one_a_picture()].mean(0).tolist())
         if name == "cosine":
-            samples = samples_of(scenes.held_out(MANY[0], 1, seed="calibration"))
+            samples = samples_of(self.held_out(MANY[0], 1, seed="calibration"))
             distances = [cosine_distance(self.model, self.inputs([sample])) for sample in samples]
             return units.order_by(torch.stack(distances).mean(0).tolist())
         return self.keep(f"greedy {units.granularity}s", lambda: self.greedy(units))
@@ -197,7 +199,11 @@ class Evidence:
     @cached_property
     def fit_samples(self) -> list[FitSample]:
         """Scenes to fit corrections on."""
-        return self.fit_on([scenes.draw(scene) for scene, _ in scenes.held_out(FITTED_ON[0], 1, seed="correction")])
+        return self.fit_on_scenes(self.numbers)
+
+    def fit_on_scenes(self, numbers: int) -> list[FitSample]:
+        asked = scenes.held_out(FITTED_ON[0], 1, seed="correction", numbers=numbers)
+        return self.fit_on([scenes.draw(scene) for scene, _ in asked])
 
     def fit_on(self, pictures: Sequence[Image.Image]) -> list[FitSample]:
         """Pictures to fit on, without questions: visual tokens do not attend to the question after them."""
@@ -222,7 +228,7 @@ class Evidence:
             fitted = self.fit(everything, RANK, alone=True)
             like = self.model.lm_head.weight
             corrections = {layer: make_correction(factors, like) for layer, factors in fitted.items()}
-            meter = Meter(self.packer, scenes.held_out(*CORRECTED, seed="calibration, corrected"))
+            meter = Meter(self.packer, self.held_out(*CORRECTED, seed="calibration, corrected"))
             return meter.scores(self.model, corrections=corrections).tolist()
 
         return torch.tensor(self.keep("LC, plain and corrected", compute))
@@ -409,9 +415,13 @@ class Evidence:
         lists = {"replaced_layers": order[:number]}
         set_corrections(self.model, {})
         readings = {"plain": self.read(lists)}
-        set_corrections(self.model, self.fit(lists, rank))
-        readings[f"rank {rank}"] = self.read(lists)
-        set_corrections(self.model, {})
+        samples = {f"rank {rank}": self.fit_samples}
+        if self.numbers:
+            samples["fitted without numbers"] = self.fit_on_scenes(0)
+        for name, taken in samples.items():
+            set_corrections(self.model, self.fit(lists, rank, samples=taken))
+            readings[name] = self.read(lists)
+            set_corrections(self.model, {})
         rows, meter = [], self.meter
         for kind, value in meter.accuracy(self.dense.right).items():
             asked = torch.tensor([kind in ("all", question.kind) for question in meter.questions])
@@ -428,7 +438,7 @@ class Evidence:
     def blocks(self, strategies: Sequence[str], pairs: int) -> None:
         """Whole layers against blocks at equal FLOPs, with prefill times in this dtype."""
         rows, stock = [], LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
-        inputs = self.inputs(samples_of(scenes.held_out(8, 1, seed="prefill")))
+        inputs = self.inputs(samples_of(self.held_out(8, 1, seed="prefill")))
 
         @torch.no_grad()
         def prefill(model):
@@ -521,7 +531,7 @@ class Evidence:
                 for weight in projector.parameters():
                     weight.div_(scale)
         for objects in (2, scenes.MAX_OBJECTS):
-            asked = scenes.held_out(*FEW, f"calibration, {objects} objects", objects)
+            asked = self.held_out(*FEW, f"calibration, {objects} objects", objects)
             add(f"{objects} objects a picture", Meter(self.packer, asked))
         print_table(rows)
 
@@ -572,7 +582,7 @@ def summary(lc: Sequence[float]) -> dict[str, str]:
     return means | {"layers below 0.01": str(sum(score < 0.01 for score in lc))}
 
 
-def training(log: Path) -> None:
+def print_log(log: Path) -> None:
     """LC and accuracy during the training, from its log."""
     rows = []
     for _, entry in read_jsonl(log):

@@ -91,7 +91,7 @@ class Meter:
     def accuracy(self, right: torch.Tensor) -> dict[str, float]:
         """Percent correct for each kind of question, and for all questions as `all`."""
         kinds = list(dict.fromkeys(question.kind for question in self.questions))
-        kinds.sort(key=lambda kind: scenes.KINDS.index(kind) if kind in scenes.KINDS else len(kinds))
+        kinds.sort(key=lambda kind: scenes.KINDS.index(kind) if kind in scenes.KINDS else len(scenes.KINDS))
         found = {}
         for kind in kinds:
             found[kind] = right[[question.kind == kind for question in self.questions]].float().mean().item()

@@ -25,6 +25,7 @@ VISUAL_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 RANK = 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINED = Path(__file__).parent / "trained"
+WEIGHTS = "trained.safetensors"
 
 
 class Adapter(nn.Module):
@@ -130,7 +131,7 @@ def save_trained(parts: nn.ModuleDict, folder: Path) -> None:
         for name, tensor in parts.state_dict().items()
         if tensor.is_floating_point()
     }
-    with replacing_file(folder / "trained.safetensors") as unfinished:
+    with replacing_file(folder / WEIGHTS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
@@ -140,7 +141,7 @@ def build(output: Path, language_model, tokenizer, trained: Path = TRAINED) -> N
     Raises:
         ShortVError: if trained tensors are missing.
     """
-    weights = trained / "trained.safetensors"
+    weights = trained / WEIGHTS
     if not weights.is_file():
         raise ShortVError(f"{weights}: not there; train first, or give the folder that holds it")
     processor = make_processor(tokenizer)

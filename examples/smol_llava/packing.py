@@ -51,7 +51,7 @@ class Packer:
 
     def answer(self, question: Question) -> str:
         """The answer to learn. With a picture it begins with a space, like the words of the alignment."""
-        space = " " if question.kind in (*scenes.KINDS, "caption") else ""
+        space = " " if question.kind in (*scenes.KINDS, scenes.NUMBER, "caption") else ""
         return space + question.answer + (self.end if question.kind != UNFINISHED else "")
 
     def batch(self, rows: Sequence[Row], pictures: Sequence[scenes.Scene]) -> dict[str, torch.Tensor]:

@@ -2,15 +2,16 @@
 
 The pictures are richer than those of the embedded checkpoint's `shapes_llava.shapes`, with the same outlines and
 colours: up to six objects on a 4 x 4 grid, each with four attributes. Questions refer to objects by any attributes that
-identify them. All random choices use the given `random.Random`, so a seed determines a picture and its questions.
+identify them. Pictures may have written numbers besides, of one to three digits. All random choices use the given
+`random.Random`, so a seed determines a picture and its questions.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from shortv_llava.chat.prompts import CAPTION_PROMPT
 from shortv_llava.examples.shapes_llava.shapes import (
@@ -32,6 +33,10 @@ PATTERNS = ("plain", "dotted")  # a white dot in the middle
 VALUES = {"size": tuple(RADII), "pattern": PATTERNS, "color": tuple(COLORS), "shape": SHAPES}
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("existence", "color", "shape", "size", "pattern", "count", "position", "relation", "comparison")
+NUMBER = "number"  # the kind of question that is about a written number
+NUMBERS = 2  # in a picture, where there are any
+ORDINALS = ("first", "second", "third")
+DIGIT = 16  # pixels from one digit of a number to the next
 MAX_OBJECTS = 6
 
 
@@ -56,38 +61,66 @@ class Thing(ColoredShape):
         return quadrant(self.cell)
 
     @property
-    def words(self) -> list[str]:
+    def words(self) -> tuple[str, ...]:
         """All words that describe it: its attributes and its quadrant."""
-        return [*(getattr(self, attribute) for attribute in VALUES), *self.quadrant.split()]
+        return (*(getattr(self, attribute) for attribute in VALUES), *self.quadrant.split())
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number to read, across its cell and the next."""
+
+    digits: str
+    color: str
+    cell: int
+    left: int  # pixels, in its cell
+
+    def column(self, index: int) -> int:
+        """Left edge of a digit in the picture, pixels."""
+        return self.cell % GRID * CELL + self.left + index * DIGIT
 
 
 @dataclass(frozen=True)
 class Scene:
     objects: tuple[Thing, ...]  # in reading order
     background: tuple[int, int, int]
+    numbers: tuple[Number, ...] = ()
 
     def count(self, wanted: dict[str, str]) -> int:
         """How many objects have these values of attributes."""
         return sum(all(getattr(item, name) == value for name, value in wanted.items()) for item in self.objects)
 
 
-def make_scene(rng: random.Random, objects: int | None = None) -> Scene:
-    """Draw a scene with `objects` objects, by default one to six.
+def make_numbers(rng: random.Random, number: int) -> tuple[Number, ...]:
+    """Draw numbers of different colours, each in a row of its own."""
+    found = []
+    for row, color in zip(rng.sample(range(GRID), number), rng.sample(VALUES["color"], number)):
+        digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, len(ORDINALS))))
+        left = rng.randint(0, 2 * CELL // DIGIT - len(digits)) * DIGIT
+        found.append(Number(digits, color, row * GRID + rng.randrange(GRID - 1), left))
+    return tuple(found)
+
+
+def make_scene(rng: random.Random, objects: int | None = None, numbers: int = 0) -> Scene:
+    """Draw a scene with `objects` objects, by default one to six, and `numbers` written numbers.
 
     Colours and shapes come from a pool of three each, so that objects share one of them; no two objects share both.
     """
     colors, shapes = rng.sample(VALUES["color"], 3), rng.sample(SHAPES, 3)
     pairs = [(color, shape) for color in colors for shape in shapes]
     number = objects or rng.randint(1, MAX_OBJECTS)
+    written = make_numbers(rng, numbers)
+    taken = {item.cell + turn for item in written for turn in (0, 1)}
+    free = [cell for cell in range(GRID**2) if cell not in taken]
     found = []
-    for cell, (color, shape) in zip(sorted(rng.sample(range(GRID**2), number)), rng.sample(pairs, number)):
+    for cell, (color, shape) in zip(sorted(rng.sample(free, number)), rng.sample(pairs, number)):
         row, column = divmod(cell, GRID)
         center = tuple((index + 0.5) * CELL + rng.uniform(-1.5, 1.5) for index in (column, row))
         size = rng.choice(VALUES["size"])
         radius = RADII[size] * rng.uniform(0.95, 1.05)
         found.append(Thing(color, shape, cell, center, radius, size, rng.choice(PATTERNS)))
     gray = rng.randint(205, 235)
-    return Scene(tuple(found), (gray, gray, gray))
+    return Scene(tuple(found), (gray, gray, gray), written)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -107,6 +140,12 @@ def draw(scene: Scene) -> Image.Image:
             canvas.polygon([(x * scale, y * scale) for x, y in outline(item)], fill=COLORS[item.color])
         if item.pattern == "dotted":
             disc(item.center, 0.27 * item.radius, (255, 255, 255))
+    font = ImageFont.load_default(size=1.4 * DIGIT * scale)
+    for item in scene.numbers:
+        for index, digit in enumerate(item.digits):
+            middle = item.column(index) + DIGIT / 2, (item.cell // GRID + 0.5) * CELL
+            place = tuple(value * scale for value in middle)
+            canvas.text(place, digit, fill=COLORS[item.color], font=font, anchor="mm")
     return image.reduce(scale)
 
 
@@ -218,25 +257,31 @@ def caption(scene: Scene) -> Question:
 
 
 def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
-    """`number` different questions, or as many as the scene allows, the kinds in turn from a random one on."""
+    """`number` different questions, or as many as the scene allows.
+
+    One about each written number, then the kinds in turn from a random one on.
+    """
+    written = [Question(NUMBER, f"What is the {item.color} number?", item.digits) for item in scene.numbers]
     first = rng.randrange(len(KINDS))
-    return different((ASK[KINDS[(first + turn) % len(KINDS)]](scene, rng) for turn in range(5 * number)), number)
+    others = (ASK[KINDS[(first + turn) % len(KINDS)]](scene, rng) for turn in range(5 * number))
+    return different(chain(written, others), number)
 
 
 def held_out(
-    pictures: int, questions: int, seed: str = "held-out", objects: int | None = None
+    pictures: int, questions: int, seed: str = "held-out", objects: int | None = None, numbers: int = 0
 ) -> list[tuple[Scene, list[Question]]]:
     """Pictures with `questions` short-answer questions about each. Training draws from other seeds.
 
     Args:
         objects: number of objects in every picture; by default one to six.
+        numbers: number of written numbers in every picture.
     """
     found = []
     for index in range(pictures):
         rng = random.Random(f"{seed}/{index}")
         asked: list[Question] = []
         while len(asked) < questions:  # some scenes do not allow so many
-            scene = make_scene(rng, objects)
+            scene = make_scene(rng, objects, numbers)
             asked = ask_several(scene, questions, rng)
         found.append((scene, asked))
     return found
