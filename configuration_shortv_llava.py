@@ -78,9 +78,8 @@ class ShortVConfigMixin:
             if value and not self.correction_rank:
                 raise ValueError(f"corrected_layers: {value!r} have no correction while correction_rank is 0")
         elif name == "correction_rank":
-            size = self.text_config.hidden_size
-            if type(value) is not int or not 0 <= value <= size or (self.corrected_layers and not value):
-                least = 1 if self.corrected_layers else 0
+            size, least = self.text_config.hidden_size, 1 if self.corrected_layers else 0
+            if type(value) is not int or not least <= value <= size:
                 raise ValueError(f"correction_rank must be an integer from {least} to {size}, got {value!r}")
         elif name == "lc_scores" and value is not None:
             number = self.text_config.num_hidden_layers

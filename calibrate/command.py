@@ -183,6 +183,7 @@ def run(options: CalibrationOptions) -> None:
     from shortv_llava.checkpoint.processors import load_processor, pads
     from shortv_llava.checkpoint.source import find_checkpoint, model_name
     from shortv_llava.distributed import own_device
+    from shortv_llava.hub.metadata import licence_hint
 
     folder = find_checkpoint(options.base, options.vision_tower, options.base_weights)
     entries = read_config(folder)
@@ -226,4 +227,7 @@ def run(options: CalibrationOptions) -> None:
     )
     frozen = "; ".join(f"{name} {layers}" for name, layers in result.frozen.items() if layers)
     corrected = f"; {len(result.corrections)} corrected" if result.corrections else ""
-    PartialState().print(f"wrote {options.output}: {frozen}{corrected}")
+    last = text_config.num_hidden_layers - 1
+    if corrected and any(last in layers for layers in result.frozen.values()):
+        corrected += f" (layer {last} needs no correction, because nothing reads its visual tokens)"
+    PartialState().print(f"wrote {options.output}: {frozen}{corrected}{licence_hint(options.output)}")

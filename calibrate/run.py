@@ -188,7 +188,8 @@ class Run:
             if all(f"{name} {layer}" in known for layer in layers):  # as when a budget takes all layers
                 return {layer: unpacked(known[f"{name} {layer}"]) for layer in layers}
             own = self.fit_on[self.state.process_index :: self.state.num_processes]
-            bar = partial(self.progress, name="correction", unit="layer")
+            label = "corrections of each layer alone" if alone else "corrections of the choice"
+            bar = partial(self.progress, name=label, unit="layer")
             inputs = (make_inputs(self.processor, [sample], config).to(device) for sample in own)
             samples = [FitSample(self.model, each, folder=self.place_for_states(each, len(own))) for each in inputs]
             return fit_corrections(self.model, samples, rank, alone, budget=self.budget, once=once, progress=bar)

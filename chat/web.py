@@ -112,6 +112,8 @@ class Sides:
                     f"First token after **{seconds:.3f} s** · **{ratio:.0%}** of the dense FLOPs · "
                     f"{len(self.model.config.replaced_layers)} layers replaced"
                 )
+                if side == SHORTV and self.model.config.corrected_layers and number not in (0, self.number):
+                    figures += f" · corrections were fitted for {self.number} layers, and with others they can harm"
                 updates |= {("chat", side): shown([*messages, answer]), ("figure", side): figures}
                 yield updates
             chats = {**chats, side: [*messages, answer]}

@@ -15,6 +15,9 @@ from shortv_llava.commands import (
     Overwrite,
     VisionTower,
 )
+from shortv_llava.errors import ShortVError
+
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class PackageOptions:
         str,
         typer.Option(
             help="Layers to replace: ids from 0, as `31,29,30`, `published` (the paper's for this model), "
-            "`published:NAME` (for another) or `none`."
+            "`published:NAME` (for another), `none`, or `own` (those of a package, with its corrections)."
         ),
     ] = "published"
     no_weights: Annotated[
@@ -51,7 +54,8 @@ class PackageOptions:
         from shortv_llava.checkpoint.published import parse_layers
         from shortv_llava.checkpoint.source import check_name
 
-        parse_layers(self.layers, self.base)
+        if self.layers != OWN:
+            parse_layers(self.layers, self.base)
         if self.chat_template is not None:
             read_template(self.chat_template)
         check_name(self.base)
@@ -60,13 +64,20 @@ class PackageOptions:
 
 def run(options: PackageOptions) -> None:
     """Make the package, and say so."""
+    from shortv_llava.checkpoint.config import MODEL_TYPES, read_config
     from shortv_llava.checkpoint.package import BY_HAND, write_package
     from shortv_llava.checkpoint.published import parse_layers
     from shortv_llava.checkpoint.source import fetch_checkpoint
+    from shortv_llava.hub.metadata import licence_hint
 
-    weights, layers = not options.no_weights, parse_layers(options.layers, options.base)
+    weights = not options.no_weights
+    base, settings = fetch_checkpoint(options.base, weights), {}
+    if options.layers != OWN:
+        settings = BY_HAND | {"replaced_layers": parse_layers(options.layers, options.base)}
+    elif read_config(base)["model_type"] not in MODEL_TYPES.values():
+        raise ShortVError(f"{options.base}: is no package and has no layers of its own; name them with --layers")
     write_package(
-        fetch_checkpoint(options.base, weights),
+        base,
         options.output,
         options.overwrite,
         weights=weights,
@@ -76,7 +87,8 @@ def run(options: PackageOptions) -> None:
         base_weights=options.base_weights,
         chat_template=options.chat_template,
         image_aspect_ratio=options.image_aspect_ratio,
-        replaced_layers=layers,
-        **BY_HAND,
+        **settings,
     )
-    typer.echo(f"wrote {options.output}: {len(layers)} layer{'s' * (len(layers) != 1)} replaced {layers}")
+    layers = read_config(options.output)["replaced_layers"]
+    hint = licence_hint(options.output)
+    typer.echo(f"wrote {options.output}: {len(layers)} layer{'s' * (len(layers) != 1)} replaced {layers}{hint}")

@@ -1,6 +1,7 @@
 """The config.json of checkpoints and of packages."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import shortv_llava
@@ -25,6 +26,7 @@ UNFIT = {
 LAYER_LISTS = {"replaced_layers": "layer", "replaced_attention_layers": "attention", "replaced_ffn_layers": "FFN"}
 OWN_KEYS = (*LAYER_LISTS, "lc_scores", "calibration", "auto_map")  # of config.json, beyond its base's
 CORRECTION = ("correction_rank", "corrected_layers")  # further keys of a package with corrections
+UNFIT_CORRECTIONS = "the corrections were fitted for the package's own layers; with others they can harm"
 
 
 def read_config(folder: Path) -> dict:
@@ -65,6 +67,17 @@ def config_object(entries: dict):
     model_type = own_type(entries)
     entries = copy.deepcopy(entries | {"model_type": model_type})  # from_dict changes them
     return class_of(model_type, "Config").from_dict(entries)
+
+
+def has_unfit_corrections(config, fitted: Sequence[Sequence[int]]) -> bool:
+    """Whether a model freezes other layers than the three lists `fitted`, for which its corrections were fitted.
+
+    False if none of the corrections acts, as in the dense model.
+    """
+    fitted_config = copy.copy(config)
+    fitted_config.set_replaced_layers(*fitted)
+    acts = set(config.corrected_layers) & config.frozen_layers()[1]
+    return bool(acts) and config.frozen_layers() != fitted_config.frozen_layers()
 
 
 def package_config(base_config: dict, **settings) -> dict:

@@ -3,17 +3,29 @@
 import functools
 import importlib.util
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv_llava.checkpoint.checks import check_loading, stored_shapes_of
-from shortv_llava.checkpoint.config import LAYER_LISTS, MODEL_TYPES, class_of, own_type, package_config, read_config
+from shortv_llava.checkpoint.config import (
+    LAYER_LISTS,
+    MODEL_TYPES,
+    UNFIT_CORRECTIONS,
+    class_of,
+    has_unfit_corrections,
+    own_type,
+    package_config,
+    read_config,
+)
 from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.checkpoint.published import parse_layers
 from shortv_llava.checkpoint.source import find_checkpoint
 from shortv_llava.distributed import own_device
 from shortv_llava.errors import ShortVError
+
+logger = logging.getLogger(__name__)
 
 LAYERS_VARIABLE = "REPLACED_LAYERS"  # as in the authors' release
 
@@ -105,6 +117,9 @@ def load(
         package_config(config, replaced_layers=layers)  # checks them before the weights are read
     processor = load_processor(folder, image_aspect_ratio=image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
+    package_layers = tuple(config.get(key, []) for key in LAYER_LISTS)
     if layers is not None:
         model.set_replaced_layers(layers)
-    return Loaded(model, processor, tuple(config.get(key, []) for key in LAYER_LISTS))
+        if has_unfit_corrections(model.config, package_layers):
+            logger.warning(f"{base}: {UNFIT_CORRECTIONS}")
+    return Loaded(model, processor, package_layers)

@@ -1,11 +1,12 @@
 """`shortv evaluate`: answer and score questions; write a table, results.json, a plot and the model card."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
-from shortv_llava.checkpoint.config import config_object, read_config
+from shortv_llava.checkpoint.config import UNFIT_CORRECTIONS, config_object, read_config
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.checkpoint.processors import pads
 from shortv_llava.checkpoint.source import model_name
@@ -17,6 +18,8 @@ from shortv_llava.evaluation.scoring import check_references, headline_name, of_
 from shortv_llava.evaluation.tasks import TASKS, Task
 from shortv_llava.files.outputs import only_one
 from shortv_llava.hub.card import record_score, text_hint
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 128  # as in LLaVA's own script for question files
 
@@ -53,6 +56,8 @@ def _run_questions(options: EvaluationOptions) -> None:
     loaded = load(options.model, **options.loading(task.image_aspect_ratio if task else "pad"))
     _check_layers(options, loaded.model.config)
     variants = choose_variants(loaded.model.config, options.compare, numbers, methods)
+    if loaded.model.config.corrected_layers and set(numbers) - {0, len(loaded.package_layers[0])}:
+        logger.warning(f"--sweep: {UNFIT_CORRECTIONS}; calibrate for each number of layers to compare them")
     answerer = Answerer(
         loaded.model,
         loaded.processor,

@@ -155,10 +155,10 @@ class EvaluationOptions:
         if self.limit is not None:
             raise ShortVError("--card tells scores of whole tasks: leave out --limit")
         has_score = self.lmms_tasks or (TASKS[self.task].metric if self.task else self.metric)
-        if not has_score or self.sweep is not None or self.method is not None:
-            raise ShortVError(
-                "--card tells a score of the package: it needs a metric, and takes no --sweep or --method"
-            )
+        if not has_score:
+            raise ShortVError("--card tells a score of the package: give --metric, or a --task that is scored here")
+        if self.sweep is not None or self.method is not None:
+            raise ShortVError("--card tells a score of the package: leave out --sweep and --method")
 
     def _check_lmms_tasks(self) -> None:
         for name, given in (

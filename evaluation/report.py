@@ -69,11 +69,13 @@ def _text(form: str, value: float | None, interval: tuple[float, float] | None =
 
 
 def prefill_note(results: Sequence[Result]) -> str:
-    """A sentence on the tokens that shared prefixes saved."""
+    """A line on the tokens that were prefilled, and on those that shared prefixes saved."""
     prompted, prefilled = (sum((getattr(r, name) for r in results), Tokens(0, 0)) for name in ("prompted", "prefilled"))
     if not sum(prefilled):
         return ""
     share, seconds = sum(prefilled) / sum(prompted), sum(result.seconds for result in results)
+    if prefilled == prompted:
+        return f"prefilled {sum(prefilled):,} prompt tokens, {prefilled.visual:,} of them visual, in {seconds:.1f} s"
     return (
         f"prefilled {sum(prefilled):,} of {sum(prompted):,} prompt tokens ({share:.0%}), "
         f"{prefilled.visual:,} of {prompted.visual:,} visual ones, in {seconds:.1f} s"

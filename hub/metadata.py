@@ -69,6 +69,12 @@ def base_metadata(base: Path, base_model: str | None = None, license: str | None
     }
 
 
+def licence_hint(package: Path) -> str:
+    """Words to end a message with if the package's card names no licence, else none."""
+    card = read_card(package / CARD_FILE)
+    return "" if card and card.data.license else "; no licence of the weights is known, and push will need --license"
+
+
 def _tolerantly_read(path: Path) -> ModelCardData:
     """The metadata of a card that others wrote, without entries that cannot be read."""
     try:

@@ -328,7 +328,10 @@ def check_package(folder: Path, with_weights: bool = True) -> dict:
             with one_line(first_line):
                 outdated = outdated_files(folder)
             if outdated:
-                logger.warning(f"{folder}: {', '.join(outdated)} should be otherwise; make the package again")
+                logger.warning(
+                    f"{folder}: {', '.join(outdated)} should be otherwise; make the package again, by "
+                    f"shortv package {folder} --layers own"
+                )
         except ShortVError as error:
             logger.warning(f"{folder}: published without a working processor ({error})")
     return config

@@ -15,6 +15,7 @@ import test_training
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_attention import flash_kernel  # noqa: F401
 from test_generation import test_caches, test_embeddings_in_place_of_ids, test_methods  # noqa: F401
@@ -42,6 +43,7 @@ from test_training import (  # noqa: F401
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 from shortv_llava import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_llava.calibrate.contribution import contributions
@@ -60,9 +62,10 @@ from shortv_llava.calibrate.run import Run, calibrate
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Choice, Units
 from shortv_llava.checkpoint.config import config_object, read_config
-from shortv_llava.checkpoint.loading import load_model
+from shortv_llava.checkpoint.loading import load, load_model
 from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
-from shortv_llava.checkpoint.processors import load_processor
+from shortv_llava.checkpoint.processors import load_processor, outdated_files
+from shortv_llava.cli import app
 from shortv_llava.errors import ShortVError
 from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio, image_tokens, prefill_flops
@@ -393,6 +396,42 @@ class TestPackage:
         config = json.loads((tmp_path / "without" / "config.json").read_text())
         write_package(CHECKPOINT, tmp_path / "plain", replaced_layers=[5])
         assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
+
+    def test_tuned_elsewhere_and_packed_again_by_the_command(self, package, tmp_path):
+        """What `save_pretrained` writes becomes a package with the same layers, corrections and card."""
+        model = load_model(package)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        model.save_pretrained(tmp_path / "tuned")
+        load_processor(package).save_pretrained(tmp_path / "tuned")
+        output = tmp_path / "package"
+        done = CliRunner().invoke(app, ["package", str(tmp_path / "tuned"), "--layers", "own", "--output", str(output)])
+        assert done.exit_code == 0 and "3 layers replaced [0, 3, 6]; no licence" in done.output, done.output
+        again = load_model(output)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor)
+        assert again.config.corrected_layers == LAYERS and outdated_files(output) == []
+        done = CliRunner().invoke(app, ["package", str(CHECKPOINT), "--layers", "own", "--output", str(tmp_path / "x")])
+        assert done.exit_code == 1 and "has no layers of its own" in str(done.exception)
+
+    @pytest.mark.parametrize(
+        "layers, is_told", [("0,3,6", False), ("6,3,0", False), ("3", True), ("none", False), ("1", False)]
+    )
+    def test_other_layers_than_the_corrections_are_told(self, package, caplog, layers, is_told):
+        """Where a correction acts."""
+        loaded = load(str(package), layers)
+        assert ("were fitted for the package's own layers" in caplog.text) == is_told
+        assert loaded.model.config.corrected_layers == LAYERS
+
+    def test_a_sweep_tells_it(self, package, tmp_path, caplog):
+        Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
+        (tmp_path / "questions.jsonl").write_text('{"image": "0.png", "text": "What is it?"}')
+        options = ("--questions", tmp_path / "questions.jsonl", "--images", tmp_path, "--max-new-tokens", 1)
+        for sweep, is_told in (("0,3", False), ("1,3", True)):
+            command = ["evaluate", package, *options, "--sweep", sweep, "--output", tmp_path / sweep]
+            done = CliRunner().invoke(app, list(map(str, command)))
+            assert done.exit_code == 0 and "prompt tokens, " in done.output, done.output
+            assert ("--sweep: the corrections were fitted" in caplog.text) == is_told
 
     def test_the_card_tells(self, package):
         card = (package / "README.md").read_text()
