@@ -178,8 +178,8 @@ def test_evaluated_and_published(family, made, asked, hub, tmp_path):
     assert card.data.pipeline_tag == "image-text-to-text" and card.data.license == "apache-2.0"
     assert "questions" in card.text and "frozen in 2 of 4 layers" in card.text and "LLaVA" not in card.data.to_yaml()
     assert "Improved Baselines" not in card.text
-    files = f"modeling_{read_config(folder)['model_type']}", "configuration_shortv_llava", "modeling_shortv_llava"
-    assert {path.stem for path in pushed.glob("*.py")} == set(files)
+    files = {f"modeling_{read_config(folder)['model_type']}", "configuration_shortv_llava", "modeling_shortv_llava"}
+    assert {path.stem for path in pushed.glob("*.py")} >= files
     ours = load_model(folder, dtype=torch.float32).state_dict()
     for name, tensor in load_model(pushed, dtype=torch.float32).state_dict().items():
         assert torch.equal(tensor, ours[name])
