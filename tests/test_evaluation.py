@@ -507,7 +507,7 @@ def test_a_card_tells_no_score_of_other_layers(package_folder, files, tmp_path):
         ({"task": "gqa", "compare": True, "sweep": "3"}, "--compare and --sweep: give one"),
         ({"task": "gqa", "method": "vtw:2", "sweep": "3"}, "--method and --sweep: give one"),
         ({"task": "gqa", "method": "vtw"}, "'vtw' is none of shortv, fastv:K:R"),
-        ({"task": "gqa", "method": "vtw:2", "card": CHECKPOINT}, "takes no --sweep or --method"),
+        ({"task": "gqa", "method": "vtw:2", "card": CHECKPOINT}, "leave out --sweep and --method"),
         ({"task": "gqa", "sweep": "few"}, "--sweep takes numbers of layers"),
         ({"task": "gqa", "card": Path("nowhere")}, "nowhere: no checkpoint"),
         ({"task": "vqav2", "card": CHECKPOINT}, "--card tells a score"),
