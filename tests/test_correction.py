@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_attention import flash_kernel  # noqa: F401
+from test_chat import type_in
 from test_generation import test_caches, test_embeddings_in_place_of_ids, test_methods  # noqa: F401
 from test_habits import (  # noqa: F401
     test_attention_told_not_to_be_causal,
@@ -61,6 +62,8 @@ from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.run import Run, calibrate
 from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Choice, Units
+from shortv_llava.chat.conversation import Conversation
+from shortv_llava.chat.terminal import Terminal
 from shortv_llava.checkpoint.config import config_object, read_config
 from shortv_llava.checkpoint.loading import load, load_model
 from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
@@ -422,6 +425,12 @@ class TestPackage:
         loaded = load(str(package), layers)
         assert ("were fitted for the package's own layers" in caplog.text) == is_told
         assert loaded.model.config.corrected_layers == LAYERS
+
+    def test_chat_tells_it(self, package, monkeypatch, capsys):
+        loaded = load(str(package))
+        type_in(monkeypatch, "/layers 3", "/layers package")
+        Terminal(Conversation(loaded.model, loaded.processor), "package", loaded.package_layers).run()
+        assert capsys.readouterr().err.count("were fitted for the package's own layers") == 1
 
     def test_a_sweep_tells_it(self, package, tmp_path, caplog):
         Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
