@@ -247,8 +247,7 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
         for name, args in asked.items():
             getattr(found, name)(*args)
             printed[name] = rows_of(capsys.readouterr().out)
-        found.__init__(built, tmp_path / "work", "float32", pictures=2, questions=3, numbers=2)
-        found.kinds(2, 4)
+        evidence.Evidence(built, tmp_path / "work", "float32", pictures=2, questions=3, numbers=2).kinds(2, 4)
         printed["kinds with numbers"] = rows_of(capsys.readouterr().out)
         return printed
 
