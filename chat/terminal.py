@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shortv_llava.chat.conversation import Conversation
 from shortv_llava.chat.images import load_image
-from shortv_llava.checkpoint.config import UNFIT_CORRECTIONS, has_unfit_corrections
+from shortv_llava.checkpoint.config import LAYER_LISTS, UNFIT_CORRECTIONS, has_unfit_corrections
 from shortv_llava.checkpoint.published import parse_layers
 from shortv_llava.errors import ShortVError, one_line
 
@@ -143,7 +143,8 @@ class Terminal:
         elif spec:
             self.conversation.set_layers(parse_layers(spec, self.base))
         print(self.describe_layers(), flush=True)
-        if has_unfit_corrections(self.conversation.model.config, self.package_layers):
+        config = self.conversation.model.config
+        if has_unfit_corrections(config, self.package_layers, (getattr(config, name) for name in LAYER_LISTS)):
             note(f"({UNFIT_CORRECTIONS})")
 
     def describe_layers(self) -> str:

@@ -1,7 +1,7 @@
 """The config.json of checkpoints and of packages."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import shortv_llava
@@ -69,15 +69,20 @@ def config_object(entries: dict):
     return class_of(model_type, "Config").from_dict(entries)
 
 
-def has_unfit_corrections(config, fitted: Sequence[Sequence[int]]) -> bool:
-    """Whether a model freezes other layers than the three lists `fitted`, for which its corrections were fitted.
+def has_unfit_corrections(config, fitted: Iterable[Sequence[int]], frozen: Iterable[Sequence[int]]) -> bool:
+    """Whether corrections of a model act while other layers are frozen than those they were fitted for.
 
-    False if none of the corrections acts, as in the dense model.
+    Args:
+        fitted, frozen: the configuration's three lists, of the package and now.
     """
-    fitted_config = copy.copy(config)
-    fitted_config.set_replaced_layers(*fitted)
-    acts = set(config.corrected_layers) & config.frozen_layers()[1]
-    return bool(acts) and config.frozen_layers() != fitted_config.frozen_layers()
+
+    def frozen_layers(lists: Iterable[Sequence[int]]) -> tuple[frozenset[int], frozenset[int]]:
+        other = copy.copy(config)
+        other.set_replaced_layers(*lists)
+        return other.frozen_layers()
+
+    package, now = frozen_layers(fitted), frozen_layers(frozen)
+    return package != now and not now[1].isdisjoint(config.corrected_layers)
 
 
 def package_config(base_config: dict, **settings) -> dict:

@@ -120,6 +120,6 @@ def load(
     package_layers = tuple(config.get(key, []) for key in LAYER_LISTS)
     if layers is not None:
         model.set_replaced_layers(layers)
-        if has_unfit_corrections(model.config, package_layers):
+        if has_unfit_corrections(model.config, package_layers, (layers, (), ())):
             logger.warning(f"{base}: {UNFIT_CORRECTIONS}")
     return Loaded(model, processor, package_layers)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
-from shortv_llava.checkpoint.config import UNFIT_CORRECTIONS, config_object, read_config
+from shortv_llava.checkpoint.config import UNFIT_CORRECTIONS, config_object, has_unfit_corrections, read_config
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.checkpoint.processors import pads
 from shortv_llava.checkpoint.source import model_name
@@ -55,8 +55,9 @@ def _run_questions(options: EvaluationOptions) -> None:
 
     loaded = load(options.model, **options.loading(task.image_aspect_ratio if task else "pad"))
     _check_layers(options, loaded.model.config)
-    variants = choose_variants(loaded.model.config, options.compare, numbers, methods)
-    if loaded.model.config.corrected_layers and set(numbers) - {0, len(loaded.package_layers[0])}:
+    config, package_layers = loaded.model.config, loaded.package_layers
+    variants = choose_variants(config, options.compare, numbers, methods)
+    if numbers and any(has_unfit_corrections(config, package_layers, found.frozen.values()) for found in variants):
         logger.warning(f"--sweep: {UNFIT_CORRECTIONS}; calibrate for each number of layers to compare them")
     answerer = Answerer(
         loaded.model,

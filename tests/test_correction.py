@@ -64,7 +64,7 @@ from shortv_llava.calibrate.samples import embedded_samples, make_inputs
 from shortv_llava.calibrate.selection import Choice, Units
 from shortv_llava.chat.conversation import Conversation
 from shortv_llava.chat.terminal import Terminal
-from shortv_llava.checkpoint.config import config_object, read_config
+from shortv_llava.checkpoint.config import config_object, has_unfit_corrections, read_config
 from shortv_llava.checkpoint.loading import load, load_model
 from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
 from shortv_llava.checkpoint.processors import load_processor, outdated_files
@@ -425,6 +425,18 @@ class TestPackage:
         loaded = load(str(package), layers)
         assert ("were fitted for the package's own layers" in caplog.text) == is_told
         assert loaded.model.config.corrected_layers == LAYERS
+
+    def test_as_many_layers_but_no_block_is_another_choice(self, package):
+        """As a sweep's, which freezes whole layers alone."""
+        config = config_object(read_config(package))
+        fitted = LAYERS, [1], [2]
+        for frozen, is_unfit in (
+            (fitted, False),
+            ((LAYERS, [], []), True),
+            (([], [], [0, 3]), True),
+            (([], [0, 3], []), False),  # no correction acts
+        ):
+            assert has_unfit_corrections(config, fitted, frozen) == is_unfit
 
     def test_chat_tells_it(self, package, monkeypatch, capsys):
         loaded = load(str(package))
