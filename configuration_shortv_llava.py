@@ -37,6 +37,10 @@ class ShortVConfigMixin:
 
     correction_rank, corrected_layers = 0, ()  # and not in the config.json of a model without
 
+    def __init_subclass__(cls, **kwargs: Any):
+        cls.__init__ = cls.__init__  # transformers 5 writes one for a class without, which would skip the inherited one
+        super().__init_subclass__(**kwargs)
+
     def __init__(self, **kwargs: Any):
         own = dict.fromkeys(SCORES) | {name: kwargs.pop(name) for name in (*CORRECTION, *SCORES) if name in kwargs}
         lists = [kwargs.pop(name, ()) for name in LAYER_LISTS]
@@ -108,27 +112,22 @@ class ShortVConfigMixin:
 
 class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
     model_type = "shortv_llava"
-    __init__ = ShortVConfigMixin.__init__  # transformers 5 would write one that skips the mixin's
 
 
 class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
     model_type = "shortv_llava_next"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVVipLlavaConfig(ShortVConfigMixin, VipLlavaConfig):
     model_type = "shortv_vipllava"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVLlavaOnevisionConfig(ShortVConfigMixin, LlavaOnevisionConfig):
     model_type = "shortv_llava_onevision"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVLlavaNextVideoConfig(ShortVConfigMixin, LlavaNextVideoConfig):
     model_type = "shortv_llava_next_video"
-    __init__ = ShortVConfigMixin.__init__
 
 
 def register_config(config_class: type) -> None:

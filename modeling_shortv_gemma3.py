@@ -31,7 +31,6 @@ class ShortVGemma3Attention(ShortVAttention):
 
 class ShortVGemma3Config(ShortVConfigMixin, Gemma3Config):
     model_type = "shortv_gemma3"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVGemma3ForConditionalGeneration(ShortVMixin, Gemma3ForConditionalGeneration):

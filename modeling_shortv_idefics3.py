@@ -9,7 +9,6 @@ from .modeling_shortv_llava import ShortVMixin, register
 
 class ShortVIdefics3Config(ShortVConfigMixin, Idefics3Config):
     model_type = "shortv_idefics3"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVIdefics3ForConditionalGeneration(ShortVMixin, Idefics3ForConditionalGeneration):

@@ -8,7 +8,6 @@ from .modeling_shortv_llava import ShortVMixin, register
 
 class ShortVInternVLConfig(ShortVConfigMixin, InternVLConfig):
     model_type = "shortv_internvl"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVInternVLForConditionalGeneration(ShortVMixin, InternVLForConditionalGeneration):

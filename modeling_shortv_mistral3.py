@@ -8,7 +8,6 @@ from .modeling_shortv_llava import ShortVMixin, register
 
 class ShortVMistral3Config(ShortVConfigMixin, Mistral3Config):
     model_type = "shortv_mistral3"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVMistral3ForConditionalGeneration(ShortVMixin, Mistral3ForConditionalGeneration):

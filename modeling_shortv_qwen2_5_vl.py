@@ -10,7 +10,6 @@ from .modeling_shortv_qwen2_vl import ShortVMropeAttention, ShortVQwen2VLForCond
 
 class ShortVQwen2_5_VLConfig(ShortVConfigMixin, Qwen2_5_VLConfig):
     model_type = "shortv_qwen2_5_vl"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVQwen2_5_VLForConditionalGeneration(ShortVMixin, Qwen2_5_VLForConditionalGeneration):

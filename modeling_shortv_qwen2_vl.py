@@ -31,7 +31,6 @@ class ShortVMropeAttention(ShortVAttention):
 
 class ShortVQwen2VLConfig(ShortVConfigMixin, Qwen2VLConfig):
     model_type = "shortv_qwen2_vl"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVQwen2VLForConditionalGeneration(ShortVMixin, Qwen2VLForConditionalGeneration):

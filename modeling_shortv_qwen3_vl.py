@@ -9,7 +9,6 @@ from .modeling_shortv_llava import ShortVMixin, add_backbone, register
 
 class ShortVQwen3VLConfig(ShortVConfigMixin, Qwen3VLConfig):
     model_type = "shortv_qwen3_vl"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVQwen3VLForConditionalGeneration(ShortVMixin, Qwen3VLForConditionalGeneration):

@@ -9,7 +9,6 @@ from .modeling_shortv_llava import ShortVMixin, register
 
 class ShortVSmolVLMConfig(ShortVConfigMixin, SmolVLMConfig):
     model_type = "shortv_smolvlm"
-    __init__ = ShortVConfigMixin.__init__
 
 
 class ShortVSmolVLMForConditionalGeneration(ShortVMixin, SmolVLMForConditionalGeneration):

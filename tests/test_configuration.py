@@ -110,3 +110,18 @@ def test_an_entry_is_checked_whenever_it_is_set():
     assert (changed.replaced_layers, changed.replaced_ffn_layers) == ([3, 1], [])
     changed.set_replaced_layers([2], ffn=[1])  # all three at once
     assert (changed.replaced_layers, changed.replaced_ffn_layers) == ([2], [1])
+
+
+def test_subclasses_keep_or_inherit_their_own_init():
+    class Noted(ShortVLlavaConfig):
+        def __init__(self, note="none", **kwargs):
+            super().__init__(**kwargs)
+            self.note = note
+
+    class Inherits(Noted):
+        pass
+
+    for config_class in (Noted, Inherits):
+        made = config(config_class, note="mine", replaced_layers=[2])
+        assert made.note == "mine" and made.replaced_layers == [2]
+        assert config(config_class).note == "none"

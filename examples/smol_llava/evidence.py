@@ -199,10 +199,10 @@ class Evidence:
     @cached_property
     def fit_samples(self) -> list[FitSample]:
         """Scenes to fit corrections on."""
-        return self.fit_on_scenes(self.numbers)
+        return self.fit_on_scenes(FITTED_ON[0], self.numbers)
 
-    def fit_on_scenes(self, numbers: int) -> list[FitSample]:
-        asked = scenes.held_out(FITTED_ON[0], 1, seed="correction", numbers=numbers)
+    def fit_on_scenes(self, pictures: int, numbers: int) -> list[FitSample]:
+        asked = scenes.held_out(pictures, 1, seed="correction", numbers=numbers)
         return self.fit_on([scenes.draw(scene) for scene, _ in asked])
 
     def fit_on(self, pictures: Sequence[Image.Image]) -> list[FitSample]:
@@ -379,19 +379,21 @@ class Evidence:
         }
         for ridge in (1e-4, 1e-3, 0.1, 1.0):
             ways[f"ridge {ridge}"] = partial(self.fit, lists, rank, ridge=ridge)
-        for batches in (1, 2, 4):
-            few = partial(self.fit, lists, rank, samples=self.fit_samples[:batches])
-            ways[f"{batches * FITTED_ON[1]} pictures"] = few
+        for taken in (5, 10, 20, 40, 80, 400):
+            ways[f"{taken} pictures"] = partial(self.fit_scenes, taken, lists, rank)
         if photographs is not None:
-            taken = self.fit_on(crops(photographs, FITTED_ON[0]))
-            ways["photographs"] = partial(self.fit, lists, rank, samples=taken)
-            ways["photographs and scenes"] = partial(self.fit, lists, rank, samples=taken + self.fit_samples)
+            seen = self.fit_on(crops(photographs, FITTED_ON[0]))
+            ways["photographs"] = partial(self.fit, lists, rank, samples=seen)
+            ways["photographs and scenes"] = partial(self.fit, lists, rank, samples=seen + self.fit_samples)
         for control in (without_intercept, constants, scales_and_constants):
             ways[control.__name__.replace("_", " ")] = partial(self.fit_by, control, lists, rank)
         for how, fit in ways.items():
             found = self.corrected_row(lists, rank if fit else 0, f"{how}, " if fit else "", fit)
             rows.append({"N": number, "rank": rank, "fitted on": how, **found})
         print_table(rows)
+
+    def fit_scenes(self, pictures: int, lists: dict[str, list[int]], rank: int):
+        return self.fit(lists, rank, samples=self.fit_on_scenes(pictures, self.numbers))
 
     def fit_by(self, solve: Callable, lists: dict[str, list[int]], rank: int):
         with patch.object(Regression, "solve", solve):
@@ -417,7 +419,7 @@ class Evidence:
         readings = {"plain": self.read(lists)}
         samples = {f"rank {rank}": self.fit_samples}
         if self.numbers:
-            samples["fitted without numbers"] = self.fit_on_scenes(0)
+            samples["fitted without numbers"] = self.fit_on_scenes(FITTED_ON[0], 0)
         for name, taken in samples.items():
             set_corrections(self.model, self.fit(lists, rank, samples=taken))
             readings[name] = self.read(lists)
