@@ -66,6 +66,7 @@ def compare_memory(stock: Callable[[], object], ours: Callable[[], object], devi
     because a single run depends on the state of the heap; on a GPU one run, which is exact."""
     if device.type != "cuda" and not sys.platform.startswith("linux"):
         return None
+    gc.collect()
     runs = 1 if device.type == "cuda" else 5
     peaks = [(_peak_memory(stock, device), _peak_memory(ours, device)) for _ in range(runs)]
     return dict(zip(("stock", "ours"), map(statistics.median, zip(*peaks))))
@@ -73,7 +74,6 @@ def compare_memory(stock: Callable[[], object], ours: Callable[[], object], devi
 
 def _peak_memory(work: Callable[[], object], device: torch.device) -> int:
     """Peak bytes of the GPU or the process during `work`, minus the bytes in use before."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
