@@ -1,4 +1,4 @@
-"""All steps on the embedded checkpoint: calibrate, package, load with transformers only, answer, measure."""
+"""All steps on the embedded checkpoint: `shortv calibrate` with corrections, load with transformers only, answer, measure."""
 
 from pathlib import Path
 
@@ -9,15 +9,14 @@ from rich.table import Table
 from shortv_llava.benchmarks.models import make_pair
 from shortv_llava.benchmarks.prefill import Setting, Variant, measure
 from shortv_llava.benchmarks.sizes import SHAPES
-from shortv_llava.calibrate.run import calibrate
-from shortv_llava.calibrate.samples import draw, embedded_samples
-from shortv_llava.calibrate.selection import Choice, number_of_layers
+from shortv_llava.calibrate import command
+from shortv_llava.calibrate.command import MAX_RANK, CalibrationOptions, draw_samples
+from shortv_llava.calibrate.selection import number_of_layers
 from shortv_llava.chat.images import open_image
-from shortv_llava.checkpoint.loading import load_model
-from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.flops import flops_ratio
 
+FRACTION = 0.8  # of the layers, with corrections
 NUM_QUESTIONS = 6
 
 
@@ -28,13 +27,11 @@ def run(output: Path) -> None:
 
     logging.disable_progress_bar()
     console = Console()
-    samples = embedded_samples()
-    drawn = draw(samples, len(samples), seed=0)
-    choosing, held_out = drawn[:40], drawn[40:]
-    model, processor = load_model(CHECKPOINT, dtype=torch.float32), load_processor(CHECKPOINT)
-    settings, tokens = {"base": CHECKPOINT.name, "data": ["shapes"]}, ("visual", "text")
-    calibrate(CHECKPOINT, model, processor, choosing, held_out, output, Choice(), settings, tokens, overwrite=True)
-    console.print(f"wrote {output}\n")
+    options = {"data": ["shapes"], "samples": 40, "held_out": 20, "fraction": FRACTION, "dtype": "float32"}
+    options = CalibrationOptions(str(CHECKPOINT), output, **options, overwrite=True)
+    options.check()
+    command.run(options)
+    print()
 
     # From here on only the folder and transformers are used.
     trust = {"trust_remote_code": True, "dtype": torch.float32}
@@ -47,7 +44,7 @@ def run(output: Path) -> None:
     table = Table(title="Answers", title_justify="left")
     for column in ("image", "question", "dense", "ShortV", "right"):
         table.add_column(column)
-    for sample in held_out[:NUM_QUESTIONS]:
+    for sample in draw_samples(options, fits=False).held_out[:NUM_QUESTIONS]:
         content = [{"type": "image", "image": open_image(sample.image)}, {"type": "text", "text": sample.question}]
         answers = [
             one(
@@ -65,11 +62,12 @@ def run(output: Path) -> None:
         f"FLOPs of a prefill with 64 text tokens and one image: {flops_ratio(shortv.config):.0%} of the dense model's"
     )
     console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
-    shape, number = SHAPES["scaled"], number_of_layers(SHAPES["scaled"].num_layers)
+    shape, number = SHAPES["scaled"], number_of_layers(SHAPES["scaled"].num_layers, FRACTION)
+    setting = Setting("scaled", correction_rank=MAX_RANK, pairs=5)
     variant = Variant((shape.layers(number), [], []))
-    found = measure(*make_pair(shape), Setting("scaled", pairs=5), variant)
+    found = measure(*make_pair(shape, correction_rank=MAX_RANK), setting, variant)
     speed = found["language_model"]
     console.print(
-        f"{number} of {shape.num_layers} layers replaced: {speed['stock']:.2f} s -> {speed['ours']:.2f} s, "
+        f"{number} of {shape.num_layers} layers replaced and corrected: {speed['stock']:.2f} s -> {speed['ours']:.2f} s, "
         f"{speed['ratio']:.2f}x (the FLOPs allow {found['bound']:.2f}x)"
     )

@@ -368,10 +368,11 @@ def test_demo(tmp_path):
     """Every answer of the package is the dense model's, and the last line is a speed-up."""
     done = shortv("demo", "--output", tmp_path / "package")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "package" / "config.json").read_text())["replaced_layers"]
+    config = json.loads((tmp_path / "package" / "config.json").read_text())
+    assert len(config["replaced_layers"]) == 10 and len(config["corrected_layers"]) == 9
     answers = [map(str.strip, line.split("│")[3:5]) for line in done.stdout.splitlines() if ".png" in line]
     assert len(answers) == 6 and all(dense == ours for dense, ours in answers)
-    assert "10 of 16 layers replaced: " in done.stdout
+    assert "13 of 16 layers replaced and corrected: " in done.stdout
 
 
 @pytest.mark.parametrize(
