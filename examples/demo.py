@@ -68,6 +68,6 @@ def run(output: Path) -> None:
     found = measure(*make_pair(shape, correction_rank=MAX_RANK), setting, variant)
     speed = found["language_model"]
     console.print(
-        f"{number} of {shape.num_layers} layers replaced and corrected: {speed['stock']:.2f} s -> {speed['ours']:.2f} s, "
-        f"{speed['ratio']:.2f}x (the FLOPs allow {found['bound']:.2f}x)"
+        f"{number} of {shape.num_layers} layers replaced and corrected: "
+        f"{speed['stock']:.2f} s -> {speed['ours']:.2f} s, {speed['ratio']:.2f}x (the FLOPs allow {found['bound']:.2f}x)"
     )
