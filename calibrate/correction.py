@@ -161,7 +161,7 @@ def fit_corrections(
     attention_layers, ffn_layers = model.config.frozen_layers()
     to_correct, found = layers_to_correct(model.config), {}
     with without_corrections(model):
-        streams = [_Stream(sample, alone) for sample in samples]
+        streams = [Stream(sample, alone) for sample in samples]
         for index, layer in progress(list(enumerate(layers))):
             blocks = {"attention": index in attention_layers, "ffn": index in ffn_layers}
             blocks = tuple(name for name, frozen in blocks.items() if frozen)
@@ -192,7 +192,7 @@ def fit_corrections(
     return found
 
 
-class _Stream:
+class Stream:
     """States of one sample between two layers, in the dense model and in the model with layers replaced."""
 
     def __init__(self, sample: FitSample, alone: bool):

@@ -1,4 +1,4 @@
-"""All steps on the embedded checkpoint: `shortv calibrate` with corrections, load with transformers only, answer, measure."""
+"""On the embedded checkpoint: `shortv calibrate` with corrections, loading by transformers alone, answers, speed."""
 
 from pathlib import Path
 
@@ -69,5 +69,6 @@ def run(output: Path) -> None:
     speed = found["language_model"]
     console.print(
         f"{number} of {shape.num_layers} layers replaced and corrected: "
-        f"{speed['stock']:.2f} s -> {speed['ours']:.2f} s, {speed['ratio']:.2f}x (the FLOPs allow {found['bound']:.2f}x)"
+        f"{speed['stock']:.2f} s -> {speed['ours']:.2f} s, {speed['ratio']:.2f}x "
+        f"(the FLOPs allow {found['bound']:.2f}x)"
     )

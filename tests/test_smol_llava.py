@@ -221,7 +221,7 @@ def rows_of(printed: str) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_tables(built, tmp_path, monkeypatch, capsys):
     sizes = {"MANY": (3, 2), "FEW": (1, 2), "NUMBERS": (1, 2), "RATIOS": (0.8,), "SEEDS": 2, "TABLE7_LAYERS": 1}
-    sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "RANK": 4, "MIXES": ((0, 3), (1, 1))}
+    sizes |= {"CORRECTED": (2, 2), "FITTED_ON": (6, 2), "FEWER_OR_MORE": (3,), "RANK": 4, "MIXES": ((0, 3), (1, 1))}
     for name, size in sizes.items():
         monkeypatch.setattr(evidence, name, size)
     photographs = tmp_path / "photographs"
@@ -271,8 +271,9 @@ def test_tables(built, tmp_path, monkeypatch, capsys):
         ("2", "4"),
     ]
     assert len(corrected) == 18 and all(row["KL"] == "0.000" for row in corrected if row["N"] == "1")  # the last layer
-    assert [row["fitted on"] for row in first["fits"]][:3] == ["none", "these layers", "each layer alone"]
-    assert {"photographs", "photographs and scenes"} < {row["fitted on"] for row in first["fits"]}
+    ways = [row["fitted on"] for row in first["fits"]]
+    assert ways[:3] == ["none", "these layers", "each layer alone"]
+    assert {"the layer's own output", "3 pictures", "photographs", "photographs and scenes"} < set(ways)
     assert [row["FFNs alone"] for row in first["corrected_blocks"]] == ["3", "3", "1", "1"]
     assert int(first["kinds"][-1]["questions"]) == 6 and first["kinds"][-1]["kind"] == "all"
 

@@ -29,6 +29,7 @@ from shortv_llava.calibrate.correction import (
     Factors,
     FitSample,
     Regression,
+    Stream,
     cut_to_rank,
     fit_corrections,
     make_correction,
@@ -56,6 +57,7 @@ RATIOS = (0.85, 0.7, 0.55, 0.45)
 SEEDS = 5
 CORRECTED = 10, 4  # pictures, and questions about each: samples for LC with a correction
 FITTED_ON = 160, 20  # pictures to fit corrections on, and batch size
+FEWER_OR_MORE = 5, 10, 20, 40, 80, 400  # pictures, beside those
 RANK = 64
 MIXES = (0, 30), (12, 18), (20, 10)  # whole layers frozen, and further layers with only the FFN frozen
 TABLE7_LAYERS = 18  # of 30: the default fraction
@@ -379,7 +381,8 @@ class Evidence:
         }
         for ridge in (1e-4, 1e-3, 0.1, 1.0):
             ways[f"ridge {ridge}"] = partial(self.fit, lists, rank, ridge=ridge)
-        for taken in (5, 10, 20, 40, 80, 400):
+        ways["the layer's own output"] = partial(self.fit_to_own_outputs, lists, rank)
+        for taken in FEWER_OR_MORE:
             ways[f"{taken} pictures"] = partial(self.fit_scenes, taken, lists, rank)
         if photographs is not None:
             seen = self.fit_on(crops(photographs, FITTED_ON[0]))
@@ -394,6 +397,18 @@ class Evidence:
 
     def fit_scenes(self, pictures: int, lists: dict[str, list[int]], rank: int):
         return self.fit(lists, rank, samples=self.fit_on_scenes(pictures, self.numbers))
+
+    def fit_to_own_outputs(self, lists: dict[str, list[int]], rank: int):
+        """A layer's target is what it would compute from the replaced model's states, not the dense model's states."""
+        advance = Stream.advance
+
+        def advance_to_own(stream: Stream, layer, *args) -> None:
+            before = stream.states
+            advance(stream, layer, *args)
+            stream.target = stream.sample.run(layer, before, args[0])[stream.sample.visual]
+
+        with patch.object(Stream, "advance", advance_to_own):
+            return self.fit(lists, rank)
 
     def fit_by(self, solve: Callable, lists: dict[str, list[int]], rank: int):
         with patch.object(Regression, "solve", solve):
