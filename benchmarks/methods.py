@@ -12,6 +12,7 @@ from rich.table import Table
 from shortv_llava.calibrate.selection import Units, lowest
 from shortv_llava.chat.prompts import visual_tokens
 from shortv_llava.checkpoint.config import LAYER_LISTS, config_object, read_config
+from shortv_llava.checkpoint.digest import checkpoint_digest
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.answering import Answerer, Tokens
@@ -140,7 +141,8 @@ class Bench(NamedTuple):
 
     def results(self, answerer: Answerer, variants: Sequence[Variant], name: str, model: Path) -> dict[str, Result]:
         dense = Variant(DENSE, dict.fromkeys(variants[0].frozen, ()))
-        found = evaluate(answerer, self.asked, [dense, *variants], self.output / name, model.name, self.metric)
+        asked = self.asked, [dense, *variants], self.output / name, model.name, self.metric
+        found = evaluate(answerer, *asked, digest=checkpoint_digest(model))
         return {result.name: result for result in found}
 
 

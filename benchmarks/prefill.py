@@ -104,9 +104,11 @@ class Setting:
 
 
 @torch.no_grad()
-def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: None) -> dict:
-    """One row of the table. The bound is for the language model, so its prefill is timed with given image features;
-    published shapes are also timed with the vision tower.
+def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: None, memory: bool = True) -> dict:
+    """One row of the table, with peak memory if `memory`.
+
+    The bound is for the language model, so its prefill is timed with given image features; published shapes are also
+    timed with the vision tower.
     """
     shape, text_tokens = setting.shape, setting.text_tokens
     ours.set_replaced_layers(*variant.frozen)
@@ -141,7 +143,7 @@ def measure(stock, ours, setting: Setting, variant: Variant, progress=lambda: No
             model.model.get_image_features = lambda *args, **kwargs: features
         try:
             row["language_model"] = timed(*sides)
-            row["peak_bytes"] = compare_memory(*sides, device)
+            row["peak_bytes"] = compare_memory(*sides, device) if memory else None
         finally:
             for model in (stock, ours):
                 del model.model.get_image_features
@@ -164,7 +166,7 @@ def table(title: str, rows: list[dict]) -> Table:
             row["frozen"],
             f"{timed['stock']:.4f}",
             f"{timed['ours']:.4f}",
-            f"{timed['ratio']:.3f} ±{(high - low) / 2:.2f}",
+            f"{timed['ratio']:.3f}" + f" ±{(high - low) / 2:.2f}" * (low < high),  # a single pair has no spread
             f"{row['bound']:.3f}",
             f"{row['share_of_bound']:.3f}{'=' if row['identical'] else ' '}",
             f"{peak['ours'] / peak['stock']:.2f}" if peak else "",

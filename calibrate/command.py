@@ -166,8 +166,7 @@ def draw_samples(options: CalibrationOptions, fits: bool) -> Drawn:
 
     data, seed = apart(options.data), None if options.draw == "first" else options.seed
     number = options.samples + options.held_out
-    drawn = load_samples(data, options.images, number, seed)
-    groups = [drawn[start : start + number] for start in range(0, len(drawn), number)]
+    groups = load_samples(data, options.images, number, seed).values()
     held_out = [sample for group in groups for sample in group[options.samples :]]
     fit_on = fit_samples(data, options.images, options.correction_samples, seed, held_out) if fits else []
     return Drawn([sample for group in groups for sample in group[: options.samples]], held_out, fit_on)
@@ -178,6 +177,7 @@ def run(options: CalibrationOptions) -> None:
     from accelerate import PartialState
 
     from shortv_llava.calibrate.run import calibrate
+    from shortv_llava.calibrate.samples import source_names
     from shortv_llava.checkpoint.config import config_object, package_config, read_config
     from shortv_llava.checkpoint.loading import load_model
     from shortv_llava.checkpoint.processors import load_processor, pads
@@ -189,7 +189,8 @@ def run(options: CalibrationOptions) -> None:
     entries = read_config(folder)
     text_config, rank = config_object(entries).text_config, options.correction_rank
     choice = options.choice(min(MAX_RANK, text_config.hidden_size // 8) if rank is None else rank)
-    package_config(entries, replaced_layers=list(choice.layers or ()))  # checks them before the long work
+    checked = {"replaced_layers": list(choice.layers or ()), "correction_rank": choice.correction_rank or 0}
+    package_config(entries, **checked, corrected_layers=[])  # before the long work
     choice.check(text_config.num_hidden_layers)
     drawn = draw_samples(options, fits=choice.correction_rank is not None)
     if choice.correction_rank and not drawn.fit_on:
@@ -203,7 +204,7 @@ def run(options: CalibrationOptions) -> None:
     model = load_model(folder, options.load_in_4bit, options.load_in_8bit, **placed)
     settings = {
         "base": model_name(options.base),
-        "data": [Path(source).name for source in apart(options.data)],
+        "data": source_names(apart(options.data)),
         "draw": options.draw,
         "load_in_4bit": options.load_in_4bit,
         "load_in_8bit": options.load_in_8bit,
@@ -230,4 +231,6 @@ def run(options: CalibrationOptions) -> None:
     last = text_config.num_hidden_layers - 1
     if corrected and any(last in layers for layers in result.frozen.values()):
         corrected += f" (layer {last} needs no correction, because nothing reads its visual tokens)"
-    PartialState().print(f"wrote {options.output}: {frozen}{corrected}{licence_hint(options.output)}")
+    PartialState().print(
+        f"wrote {options.output}: {frozen or 'no layer replaced'}{corrected}{licence_hint(options.output)}"
+    )

@@ -29,9 +29,10 @@ from shortv_llava.calibrate.correction import (
 )
 from shortv_llava.calibrate.cost import Cost, CostMeter
 from shortv_llava.calibrate.journal import Journal
-from shortv_llava.calibrate.samples import Sample, make_inputs
+from shortv_llava.calibrate.samples import Sample, make_inputs, samples_digest
 from shortv_llava.calibrate.selection import Choice, Units, bootstrap
 from shortv_llava.checkpoint.config import LAYER_LISTS
+from shortv_llava.checkpoint.digest import checkpoint_digest
 from shortv_llava.checkpoint.package import check_output, write_package
 from shortv_llava.distributed import shared
 from shortv_llava.errors import ShortVError
@@ -110,8 +111,13 @@ def calibrate(
     }
     if choice.correction_rank:
         scored_as |= {"correction_rank": choice.correction_rank, "correction_samples": [one.id for one in fit_on]}
+    # Of an interrupted run with other weights, questions or pictures under the same names nothing may be taken.
+    read = {
+        "checkpoint": checkpoint_digest(base),
+        "content of the samples": samples_digest([*samples, *held_out, *fit_on]),
+    }
     with only_one(output) if PartialState().is_main_process else nullcontext():
-        journal = Journal(output / JOURNAL, scored_as)
+        journal = Journal(output / JOURNAL, scored_as | read)
         run = Run(model, processor, samples, held_out, journal, tokens, direction, max_rows, fit_on)
         outcome = Outcome(run.candidates(choice), choice, scored_as, [sample.id for sample in held_out])
         if run.state.is_main_process:

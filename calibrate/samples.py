@@ -12,6 +12,7 @@ from shortv_llava.chat.prompts import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, check
 from shortv_llava.errors import ShortVError
 from shortv_llava.evaluation.questions import read_questions
 from shortv_llava.evaluation.sources import Table, stream
+from shortv_llava.files.digests import digest
 
 NAMED = ("gqa", "flickr30k", "shapes")
 GQA, FLICKR30K = "lmms-lab-encoder/GQA", "lmms-lab-encoder/flickr30k"
@@ -27,18 +28,33 @@ class Sample(NamedTuple):
 
 
 def check_sources(sources: Sequence[str], images: Path | None) -> None:
-    """Raises [`ShortVError`] if a source of [`load_samples`] cannot exist."""
+    """Raises [`ShortVError`] if a source of [`load_samples`] cannot exist, or is there twice."""
     for source in sources:
         if source not in NAMED and images is None:
             raise ShortVError(f"{source}: a file of questions needs the folder of its pictures, --images DIR")
         if source not in NAMED and not Path(source).is_file():
             raise ShortVError(f"{source}: no such file of questions, and none of {', '.join(NAMED)}")
+    names = source_names(sources)
+    if twice := [source for source, name in zip(sources, names) if names.count(name) > 1]:
+        raise ShortVError(f"{twice[0]}: is given twice as a source of samples")
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Names of sources: a file's own, with as many of its folders as tell it from the other sources."""
+    paths = [(source,) if source in NAMED else Path(source).resolve().parts for source in sources]
+
+    def name(path: tuple[str, ...]) -> str:
+        lengths = range(1, len(path) + 1)
+        others = [other for other in paths if other != path]
+        return "/".join(path[-next(n for n in lengths if all(other[-n:] != path[-n:] for other in others)) :])
+
+    return list(map(name, paths))
 
 
 def load_samples(
     sources: Sequence[str], images: Path | None, number: int, seed: int | None, at_most: bool = False
-) -> list[Sample]:
-    """`number` samples from each source; with `at_most`, all samples of a source that has fewer.
+) -> dict[str, list[Sample]]:
+    """`number` samples from each source, by [`source_names`]; with `at_most`, all samples of a source that has fewer.
 
     Args:
         sources: `gqa`, `flickr30k`, `shapes` (the embedded set), or a file of questions in LLaVA's format.
@@ -50,17 +66,16 @@ def load_samples(
     """
     check_sources(sources, images)
     named = {"gqa": gqa_samples, "flickr30k": flickr30k_samples}
-    samples = []
-    for source in sources:
+    samples = {}
+    for source, name in zip(sources, source_names(sources)):
         if source in named:
             found = named[source](number, seed)
         elif source == "shapes":
             found = embedded_samples()
         else:
             found = question_samples(Path(source), images)
-        name = source if source in NAMED else Path(source).name
         drawn = draw(found, min(number, len(found)) if at_most else number, seed, name)
-        samples += [sample._replace(id=f"{name}/{sample.id}") for sample in drawn]
+        samples[name] = [sample._replace(id=f"{name}/{sample.id}") for sample in drawn]
     return samples
 
 
@@ -77,14 +92,21 @@ def fit_samples(
     """
     apart = {_picture(sample) for sample in held_out}
     found = load_samples(sources, images, number + len(held_out), seed, at_most=True)
-    by_source = {}
-    for sample in found:
-        by_source.setdefault(sample.id.split("/")[0], []).append(sample)
     return [
         sample
-        for several in by_source.values()
+        for several in found.values()
         for sample in [sample for sample in several if _picture(sample) not in apart][:number]
     ]
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """A digest of the samples' pictures, questions and answers."""
+
+    def parts(sample: Sample) -> tuple[bytes, bytes, bytes]:
+        picture = sample.image.tobytes() if isinstance(sample.image, Image.Image) else sample.image.read_bytes()
+        return picture, sample.question.encode(), sample.answer.encode()
+
+    return digest(part for sample in samples for part in parts(sample))
 
 
 def _picture(sample: Sample):

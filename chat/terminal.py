@@ -65,6 +65,7 @@ class Terminal:
         while True:
             try:
                 line = input(self.prompt()).strip()
+                line.encode()  # bytes that are no UTF-8 come as surrogates, which no tokenizer takes
                 if line == "/exit":
                     return
             except EOFError:
@@ -76,6 +77,8 @@ class Terminal:
                     raise ShortVError("interrupted") from None
                 note("\n(/exit or Ctrl-D leaves)")
                 continue
+            except UnicodeError:
+                raise ShortVError("standard input is no UTF-8") from None
             try:
                 with one_line(lambda error: " ".join(str(error).split()) or type(error).__name__):
                     self.handle(line)

@@ -35,12 +35,16 @@ def check_model(folder: Path, entries: dict, weights: bool = True):
     """
     model = model_without_weights(folder, config_object(entries))
     if weights:
-        _check_weights(folder)
+        check_weights(folder)
     return model
 
 
-def _check_weights(folder: Path) -> None:
-    """Check by name and shape that the weights in a folder belong to the model that its config.json describes."""
+def check_weights(folder: Path) -> None:
+    """Check by name and shape that the weights in a folder belong to the model that its config.json describes.
+
+    Raises:
+        ShortVError: if they do not, or a weight file is damaged.
+    """
     import torch
 
     from shortv_llava.checkpoint.tensors import unpacked_shapes, weight_files

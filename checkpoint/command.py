@@ -91,4 +91,6 @@ def run(options: PackageOptions) -> None:
     )
     layers = read_config(options.output)["replaced_layers"]
     hint = licence_hint(options.output)
+    if options.layers != OWN and read_config(base).get("corrected_layers"):
+        hint = f"; without the corrections of {options.base}, which --layers own keeps{hint}"
     typer.echo(f"wrote {options.output}: {len(layers)} layer{'s' * (len(layers) != 1)} replaced {layers}{hint}")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shortv_llava.checkpoint.checks import check_loading, stored_shapes_of
+from shortv_llava.checkpoint.checks import check_weights
 from shortv_llava.checkpoint.config import (
     LAYER_LISTS,
     MODEL_TYPES,
@@ -60,11 +60,9 @@ def load_model(folder: Path, load_in_4bit: bool = False, load_in_8bit: bool = Fa
             ],
         )
     model_class = class_of(own_type(read_config(folder)))
-    stored_shapes_of(folder)
+    check_weights(folder)
     config = model_class.config_class.from_pretrained(folder)
-    model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
-    check_loading(folder, info)
-    return model.eval()
+    return model_class.from_pretrained(folder, config=config, **kwargs).eval()
 
 
 def text_decoder(model):
@@ -82,11 +80,17 @@ def cache_name() -> str:
 
 
 class Loaded(NamedTuple):
-    """What [`load`] returns. `package_layers`: the package's own three lists of layers, even if others are replaced."""
+    """What [`load`] returns.
+
+    Args:
+        package_layers: the package's own three lists of layers, even if others are replaced.
+        folder: the folder that the model was loaded from.
+    """
 
     model: Any
     processor: Any
     package_layers: tuple[list[int], list[int], list[int]]
+    folder: Path
 
 
 def load(
@@ -111,7 +115,7 @@ def load(
     folder = find_checkpoint(base)
     config = read_config(folder)
     if replaced_layers is None and config["model_type"] not in MODEL_TYPES.values():
-        replaced_layers = os.environ.get(LAYERS_VARIABLE)
+        replaced_layers = os.environ.get(LAYERS_VARIABLE) or None
     layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
     if layers is not None:
         package_config(config, replaced_layers=layers)  # checks them before the weights are read
@@ -122,4 +126,4 @@ def load(
         model.set_replaced_layers(layers)
         if has_unfit_corrections(model.config, package_layers, (layers, (), ())):
             logger.warning(f"{base}: {UNFIT_CORRECTIONS}")
-    return Loaded(model, processor, package_layers)
+    return Loaded(model, processor, package_layers, folder)

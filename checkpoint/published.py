@@ -43,7 +43,7 @@ def parse_layers(spec: str, base: str) -> list[int]:
     Raises:
         ShortVError: if the model is not published or an entry is no integer.
     """
-    if spec.strip() in ("", "none"):
+    if spec.strip() == "none":
         return []
     source, _, name = spec.partition(":")
     if source == "published":

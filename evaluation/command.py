@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shortv_llava.checkpoint.config import UNFIT_CORRECTIONS, config_object, has_unfit_corrections, read_config
+from shortv_llava.checkpoint.digest import checkpoint_digest
 from shortv_llava.checkpoint.loading import load
 from shortv_llava.checkpoint.processors import pads
 from shortv_llava.checkpoint.source import model_name
@@ -72,7 +73,8 @@ def _run_questions(options: EvaluationOptions) -> None:
         **({"vicuna_system": task.vicuna_system} if task else {}),
     )
     with _alone(output):
-        results = evaluate(answerer, questions, variants, output, model, metric, subset, **scoring)
+        digest = checkpoint_digest(loaded.folder)
+        results = evaluate(answerer, questions, variants, output, model, metric, subset, digest, **scoring)
     if not _is_main_process():
         return
 
@@ -109,6 +111,7 @@ def _run_lmms_tasks(options: EvaluationOptions) -> None:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "image_aspect_ratio": "pad" if pads(model.processor) else "base",
         "loaded": options.loaded_in(),
+        "checkpoint": checkpoint_digest(model.folder),
     }
     with _alone(options.output):
         found = lmms_tasks.evaluate(

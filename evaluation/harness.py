@@ -61,7 +61,7 @@ class ShortVLlava(lmms):
         self.batch_size, self.shared_prefix = int(batch_size), shared_prefix
         layers = None if replaced_layers is None else str(replaced_layers)  # a single layer arrives as a number
         loaded = load(pretrained, layers, dtype, device_map or device, load_in_4bit, load_in_8bit, image_aspect_ratio)
-        self.model, self.processor = loaded.model, loaded.processor
+        self.model, self.processor, self.folder = loaded.model, loaded.processor, loaded.folder
         self.device = self.model.device
 
     @classmethod

@@ -124,7 +124,9 @@ def choose_variants(
     if sweep:
         order = replacement_order(config)
         for number in sweep:
-            if not 0 <= number <= len(order):
+            if not 0 <= number <= units.num_layers:
+                raise ShortVError(f"--sweep {number}: the model has {units.num_layers} layers")
+            if number > len(order):
                 raise ShortVError(
                     f"--sweep {number}: this model names an order of replacement for {len(order)} layers alone; "
                     "calibrate it for one of all layers"
@@ -156,6 +158,7 @@ def evaluate(
     model_id: str,
     metric: str | None = None,
     subset: str | None = None,
+    digest: str | None = None,
     **metric_kwargs,
 ) -> list[Result]:
     """Let each variant answer the questions, write the answers into `output`, score and compare them.
@@ -167,6 +170,7 @@ def evaluate(
         output: folder for `answers.jsonl` of a single variant, or `answers-NAME.jsonl` of each.
         metric: a metric of `metrics/`; without one, answers are only written and compared.
         subset: subset of questions by whose score variants are compared; all by default.
+        digest: digest of the model's files, see [`checkpoint_digest`]; answers of other files are refused.
 
     Raises:
         ShortVError: if references are missing, a picture cannot be read, or `output` holds other answers.
@@ -175,7 +179,8 @@ def evaluate(
         check_references(metric, questions)
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState()
-    record = _Record(output, model_id, answerer.settings, variants, questions)
+    settings = answerer.settings | ({} if digest is None else {"checkpoint": digest})
+    record = _Record(output, model_id, settings, variants, questions)
     state.wait_for_everyone()  # before any process writes
 
     with dense(answerer.model):  # the model's own layers are restored afterwards
@@ -237,7 +242,9 @@ def _answer(answerer: Answerer, questions: Sequence[Question], variants: Sequenc
     names = [variant.name for variant in variants]
     batches = answerer.batches(questions)
     unanswered = [batch for batch in batches if not all(record.has(batch, name) for name in names)]
-    if len(variants) > 1 and unanswered:
+    if not unanswered:
+        PartialState().print("all answers are there already, and none is asked for again")
+    elif len(variants) > 1:
         answerer.answer(unanswered[0][:1])  # warm-up, so that set-up does not count for the first variant
     found = shared(lambda numbered: _in_turns(answerer, variants, *numbered), list(enumerate(unanswered)))
     silent = not PartialState().is_main_process

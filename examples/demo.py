@@ -63,9 +63,9 @@ def run(output: Path) -> None:
     )
     console.print("prefill measured on two models with random weights, 16 layers of width 1024, 576 + 64 tokens:")
     shape, number = SHAPES["scaled"], number_of_layers(SHAPES["scaled"].num_layers, FRACTION)
-    setting = Setting("scaled", correction_rank=MAX_RANK, pairs=5)
+    setting = Setting("scaled", correction_rank=MAX_RANK, pairs=3)
     variant = Variant((shape.layers(number), [], []))
-    found = measure(*make_pair(shape, correction_rank=MAX_RANK), setting, variant)
+    found = measure(*make_pair(shape, correction_rank=MAX_RANK), setting, variant, memory=False)
     speed = found["language_model"]
     console.print(
         f"{number} of {shape.num_layers} layers replaced and corrected: "

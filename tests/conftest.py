@@ -3,6 +3,7 @@ import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")  # leaves the caches and tokens of others alone
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in these tests may reach out
+os.environ["OMP_NUM_THREADS"] = "1"  # in small models, threads on busy cores wait for each other longer than they work
 
 import json
 import shutil
@@ -11,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from transformers.utils import logging
 
 from shortv_llava.checkpoint.package import write_package
@@ -19,7 +19,6 @@ from shortv_llava.examples.shapes_llava import CHECKPOINT
 
 logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which children of a job in the background would ignore
-torch.set_num_threads(1)  # small models; two threads on two busy cores wait for each other
 
 REPLACED_LAYERS = [11, 0, 10, 5, 8, 4, 1]
 

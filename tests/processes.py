@@ -12,7 +12,7 @@ def torchrun(script: str, *arguments, home: Path) -> str:
     """What the processes wrote to standard error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from shortv_llava.calibrate import report
 from shortv_llava.calibrate.cost import Cost, CostMeter
 from shortv_llava.calibrate.journal import Journal
 from shortv_llava.calibrate.samples import (
+    check_sources,
     draw,
     embedded_samples,
     fit_samples,
     flickr30k_samples,
     gqa_samples,
     load_samples,
+    source_names,
 )
 from shortv_llava.calibrate.selection import Choice, Units, bootstrap, number_of_layers
 from shortv_llava.chat.prompts import make_prompt
@@ -40,6 +43,7 @@ from shortv_llava.examples.shapes_llava import CHECKPOINT
 from shortv_llava.files.outputs import JOURNAL
 from shortv_llava.flops import flops_ratio, lowest
 
+SAMPLES = CHECKPOINT.parent / "samples"
 QUICK = ("--correction-rank", "0", "--data", "shapes", "--samples", "6", "--held-out", "3", "--dtype", "float32")
 
 
@@ -49,8 +53,7 @@ def command(output, *options, launch=()) -> list[str]:
 
 
 def run(output, *options, launch=()) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(output, *options, launch=launch), capture_output=True, text=True, env=environment)
+    return subprocess.run(command(output, *options, launch=launch), capture_output=True, text=True)
 
 
 def read(output: Path) -> dict:
@@ -109,9 +112,8 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     whole = tmp_path / "whole"
     assert run(whole).returncode == 0
     cut = tmp_path / "cut"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for lines in (2, 4, 6):  # the settings and the results so far
-        process = subprocess.Popen(command(cut), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(cut), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             if (cut / JOURNAL).exists() and (cut / JOURNAL).read_bytes().count(b"\n") >= lines:
                 os.kill(process.pid, signal.SIGKILL)
@@ -124,6 +126,53 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     assert run(cut).returncode == 0
     assert (cut / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     assert (cut / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
+
+
+def test_an_interrupted_run_with_other_files_is_not_continued(tmp_path, monkeypatch):
+    """Neither with other weights nor with other questions, though all of them have the names they had."""
+    base, questions, output = tmp_path / "base", tmp_path / "questions.jsonl", tmp_path / "package"
+    shutil.copytree(CHECKPOINT, base)
+    questions.write_text("".join((SAMPLES / "questions.jsonl").open().readlines()[:3]))
+    options = ("--data", questions, "--images", SAMPLES / "images", "--samples", 2, "--held-out", 1)
+    command = ("calibrate", base, *options, "--correction-rank", 0, "--output", output)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CostMeter, "measure", interrupted)
+        assert shortv_here(*command).returncode != 0
+    assert (output / JOURNAL).exists()
+    for file, changed, word in (
+        (questions, questions.read_bytes().replace(b"the", b"this"), "content of the samples"),
+        (base / "chat_template.jinja", b"{{ messages }}", "checkpoint"),
+        (base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-2] + b"??", "checkpoint"),
+    ):
+        before = file.read_bytes()
+        assert changed != before
+        file.write_bytes(changed)
+        done = shortv_here(*command)
+        assert done.returncode == 1 and f"with {word}" in done.stderr.splitlines()[-1], done.stderr
+        file.write_bytes(before)
+    assert shortv_here(*command).returncode == 0 and not (output / JOURNAL).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--correction-rank", 500), "correction_rank must be an integer from 0 to 192, got 500"),
+        (("--layers", ""), "got ''"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_it_is_loaded(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("shortv_llava.checkpoint.loading.load_model", None)
+    done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "package", *QUICK, *options)
+    assert done.returncode == 1 and words in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_nothing_to_replace_is_said(tmp_path):
+    done = shortv_here("calibrate", CHECKPOINT, "--output", tmp_path / "package", *QUICK, "--layers", "none")
+    assert done.returncode == 0 and "package: no layer replaced" in done.stdout
 
 
 FIT = ("--layers", "7,2,5", "--correction-rank", "8", "--correction-samples", "7")
@@ -415,10 +464,29 @@ class TestData:
     def test_the_first_of_a_source(self):
         """As the harness takes them with a limit; held-out ones follow, and corrections are fitted on neither."""
         samples = embedded_samples()
-        drawn = load_samples(["shapes"], None, 5, seed=None)
+        drawn = load_samples(["shapes"], None, 5, seed=None)["shapes"]
         assert [sample.id for sample in drawn] == [f"shapes/{sample.id}" for sample in samples[:5]]
         fitted = fit_samples(["shapes"], None, 4, None, held_out=drawn[3:])
         assert [sample.id for sample in fitted] == [f"shapes/{samples[n].id}" for n in (0, 1, 2, 5)]
+
+    def test_files_of_one_name_are_several_sources(self, tmp_path):
+        lines = (SAMPLES / "questions.jsonl").read_text().splitlines()
+        files = [tmp_path / name / "questions.jsonl" for name in ("one", "two")]
+        for file, taken in zip(files, (lines[:4], lines[4:8])):
+            file.parent.mkdir()
+            rows = [json.dumps(json.loads(line) | {"question_id": id}) for id, line in enumerate(taken)]
+            file.write_text("\n".join(rows))
+        sources, images = [*map(str, files), "shapes"], SAMPLES / "images"
+        names = source_names(sources)
+        assert names == ["one/questions.jsonl", "two/questions.jsonl", "shapes"]
+        drawn = load_samples(sources, images, 3, seed=0)
+        assert [len(several) for several in drawn.values()] == [3, 3, 3]
+        ids = {sample.id for several in drawn.values() for sample in several}
+        assert len(ids) == 9 and {id.rpartition("/")[0] for id in ids} == set(names)
+        fitted = fit_samples(sources, images, 2, 0, held_out=drawn["shapes"])
+        assert [sample.id.rpartition("/")[0] for sample in fitted] == [name for name in names for _ in range(2)]
+        with pytest.raises(ShortVError, match="given twice"):
+            check_sources([sources[0], str(files[0].parent / ".." / "one" / "questions.jsonl")], images)
 
     @pytest.mark.parametrize("leaves_out", [True, False])
     def test_vicunas_sentence_stands_once(self, processor, leaves_out, monkeypatch):

@@ -37,15 +37,6 @@ LLAVA_HF_CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """In models this small, threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def embedded():
     loaded = load(str(CHECKPOINT), dtype="float32")
@@ -494,3 +485,10 @@ def test_piped_session(package_folder, conversation):
     assert answers == expected
     assert [line.split()[1] for line in table] == [str(IMAGE_TOKENS), "0", str(IMAGE_TOKENS)]
     assert [line.split()[-1] for line in table] == [str(len(REPLACED_LAYERS))] * 3
+
+
+def test_a_pipe_that_is_no_utf_8_is_told(conversation, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe hi\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ShortVError, match="standard input is no UTF-8"):
+        Terminal(conversation, "package").run()

@@ -65,8 +65,9 @@ from shortv_llava.calibrate.selection import Choice, Units
 from shortv_llava.chat.conversation import Conversation
 from shortv_llava.chat.terminal import Terminal
 from shortv_llava.checkpoint.config import config_object, has_unfit_corrections, read_config
+from shortv_llava.checkpoint.digest import checkpoint_digest
 from shortv_llava.checkpoint.loading import load, load_model
-from shortv_llava.checkpoint.package import SHARD, put_corrections, write_package
+from shortv_llava.checkpoint.package import CORRECTION_FILE, SHARD, put_corrections, write_package
 from shortv_llava.checkpoint.processors import load_processor, outdated_files
 from shortv_llava.cli import app
 from shortv_llava.errors import ShortVError
@@ -416,6 +417,26 @@ class TestPackage:
         assert again.config.corrected_layers == LAYERS and outdated_files(output) == []
         done = CliRunner().invoke(app, ["package", str(CHECKPOINT), "--layers", "own", "--output", str(tmp_path / "x")])
         assert done.exit_code == 1 and "has no layers of its own" in str(done.exception)
+        done = CliRunner().invoke(
+            app, ["package", str(output), "--layers", "0,3,6", "--output", str(tmp_path / "plain")]
+        )
+        assert done.exit_code == 0 and f"without the corrections of {output}" in done.output
+
+    def test_other_corrections_are_another_checkpoint(self, package, tmp_path):
+        folders = [tmp_path / name for name in ("same", "other")]
+        for folder in folders:
+            shutil.copytree(package, folder)
+        tensors = load_file(folders[1] / CORRECTION_FILE)
+        save_file({name: 2 * tensor for name, tensor in tensors.items()}, folders[1] / CORRECTION_FILE)
+        digests = [checkpoint_digest(folder) for folder in (package, *folders)]
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_corrections_of_another_shape_are_told_in_one_line(self, package, tmp_path):
+        shutil.copytree(package, tmp_path / "package")
+        path = tmp_path / "package" / CORRECTION_FILE
+        save_file({name: tensor[:1].clone() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        with pytest.raises(ShortVError, match="do not fit its config.json, .* by their shape"):
+            load_model(tmp_path / "package")
 
     @pytest.mark.parametrize(
         "layers, is_told", [("0,3,6", False), ("6,3,0", False), ("3", True), ("none", False), ("1", False)]

@@ -88,7 +88,7 @@ def bare(hub, tmp_path) -> Path:
 def shortv(hub, home, *arguments, token=Hub.token, **environment) -> subprocess.CompletedProcess:
     """The command in a process of its own, whose HF_ENDPOINT is the hub."""
     command = [sys.executable, "-m", "shortv_llava.cli", *map(str, arguments)]
-    env = hub.env(home / "home", token) | {"OMP_NUM_THREADS": "1"} | environment
+    env = hub.env(home / "home", token) | environment
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
@@ -130,7 +130,7 @@ print(json.dumps([type(model).__name__, model.config.replaced_layers, logits, an
 def answer(where, env, cwd, **settings) -> list:
     """What a stranger gets: a fresh process, nothing but transformers, the picture and the question."""
     command = [sys.executable, "-c", ANSWER, str(where), str(embedded_samples()[0].image), json.dumps(settings)]
-    done = subprocess.run(command, env=env | {"OMP_NUM_THREADS": "1"}, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -37,7 +37,7 @@ def answer(model, processor):
 
 def run(script: str, *arguments, home) -> tuple[dict, str]:
     """The JSON that a script prints last, and what it wrote to standard error."""
-    environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": ""}
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def serving(folder, home):
         *("--host", "127.0.0.1", "--port", 0),
         ready=r"running on (http://127\.0\.0\.1:\d+)",
         cwd=home,
-        env=os.environ | {"HF_HOME": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HOME": str(home), "PYTHONPATH": ""},
     ) as (url, log):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             yield client, log

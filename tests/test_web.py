@@ -38,7 +38,7 @@ def gradio_client():
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    return os.environ | {"HF_HOME": str(home), "GRADIO_TEMP_DIR": str(home), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"HF_HOME": str(home), "GRADIO_TEMP_DIR": str(home)}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def folder(tmp_path):
 def push_both(hub, folder, home, *options):
     """The command in a process of its own, whose HF_ENDPOINT is the hub."""
     command = [sys.executable, "-m", "shortv_llava.cli", "push", str(folder), REPO, "--license", "mit", "--space"]
-    env = hub.env(home / "home", Hub.token) | {"OMP_NUM_THREADS": "1"}
+    env = hub.env(home / "home", Hub.token)
     return subprocess.run([*command, *options], capture_output=True, text=True, env=env)
 
 
@@ -248,7 +248,7 @@ def test_the_space_runs_as_it_is(hub, gradio_client, folder, tmp_path, model_and
     space = snapshot_download(REPO, repo_type="space", local_dir=tmp_path / "space")
     start = "import runpy\nsys.path.insert(0, sys.argv[1])\nrunpy.run_path(sys.argv[1] + '/app.py', None, '__main__')"
     code = WITHOUT_REPOSITORY + WITHOUT_NETWORK + start
-    env = hub.env(tmp_path / "home") | {"GRADIO_TEMP_DIR": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    env = hub.env(tmp_path / "home") | {"GRADIO_TEMP_DIR": str(tmp_path / "home")}
     with running(code, space, ready=READY, cwd=tmp_path, env=env) as (url, log):
         (chat, _), (dense_chat, _) = Visitor(gradio_client, url).ask(QUESTION)
     assert [role for role, _ in chat + dense_chat] == ["user", "assistant"] * 2
