@@ -38,6 +38,7 @@ from shortv_llava.calibrate.correction import (
 from shortv_llava.calibrate.samples import make_inputs
 from shortv_llava.calibrate.selection import Units
 from shortv_llava.checkpoint.config import LAYER_LISTS
+from shortv_llava.checkpoint.digest import checkpoint_digest
 from shortv_llava.checkpoint.loading import load_model
 from shortv_llava.checkpoint.processors import load_processor
 from shortv_llava.examples.smol_llava import scenes
@@ -81,7 +82,8 @@ class Evidence:
 
     def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10, numbers: int = 0):
         self.folder, self.dtype = folder, getattr(torch, dtype)
-        self.kept = work / f"kept-{dtype}{'-numbers' if numbers else ''}.json"
+        checkpoint = checkpoint_digest(folder).removeprefix("sha256:")
+        self.kept = work / f"kept-{checkpoint}-{dtype}{'-numbers' if numbers else ''}.json"
         work.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(folder)
         self.model = load_model(folder, dtype=self.dtype).eval()
