@@ -113,8 +113,8 @@ def calibrate(
         scored_as |= {"correction_rank": choice.correction_rank, "correction_samples": [one.id for one in fit_on]}
     # Of an interrupted run with other weights, questions or pictures under the same names nothing may be taken.
     read = {
-        "checkpoint": checkpoint_digest(base),
-        "content of the samples": samples_digest([*samples, *held_out, *fit_on]),
+        "weights_and_processor": checkpoint_digest(base),
+        "content_of_samples": samples_digest([*samples, *held_out, *fit_on]),
     }
     with only_one(output) if PartialState().is_main_process else nullcontext():
         journal = Journal(output / JOURNAL, scored_as | read)

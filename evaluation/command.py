@@ -111,7 +111,7 @@ def _run_lmms_tasks(options: EvaluationOptions) -> None:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "image_aspect_ratio": "pad" if pads(model.processor) else "base",
         "loaded": options.loaded_in(),
-        "checkpoint": checkpoint_digest(model.folder),
+        "weights_and_processor": checkpoint_digest(model.folder),
     }
     with _alone(options.output):
         found = lmms_tasks.evaluate(

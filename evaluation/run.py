@@ -179,7 +179,7 @@ def evaluate(
         check_references(metric, questions)
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState()
-    settings = answerer.settings | ({} if digest is None else {"checkpoint": digest})
+    settings = answerer.settings | ({} if digest is None else {"weights_and_processor": digest})
     record = _Record(output, model_id, settings, variants, questions)
     state.wait_for_everyone()  # before any process writes
 

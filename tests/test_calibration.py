@@ -144,9 +144,9 @@ def test_an_interrupted_run_with_other_files_is_not_continued(tmp_path, monkeypa
         assert shortv_here(*command).returncode != 0
     assert (output / JOURNAL).exists()
     for file, changed, word in (
-        (questions, questions.read_bytes().replace(b"the", b"this"), "content of the samples"),
-        (base / "chat_template.jinja", b"{{ messages }}", "checkpoint"),
-        (base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-2] + b"??", "checkpoint"),
+        (questions, questions.read_bytes().replace(b"the", b"this"), "content_of_samples"),
+        (base / "chat_template.jinja", b"{{ messages }}", "weights_and_processor"),
+        (base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-2] + b"??", "weights_and_processor"),
     ):
         before = file.read_bytes()
         assert changed != before

@@ -182,7 +182,7 @@ class TestRun:
         for _ in range(2):
             evaluate(answerer, asked[:2], variants, tmp_path, "model", digest="sha256:1")
         assert capsys.readouterr().out.count("all answers are there already") == 1
-        with pytest.raises(ShortVError, match="answer with checkpoint 'sha256:1', not 'sha256:2'"):
+        with pytest.raises(ShortVError, match="answer with weights_and_processor 'sha256:1', not 'sha256:2'"):
             evaluate(answerer, asked[:2], variants, tmp_path, "model", digest="sha256:2")
 
     @pytest.mark.parametrize("shared", [True, False])
