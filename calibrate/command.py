@@ -178,7 +178,7 @@ def run(options: CalibrationOptions) -> None:
 
     from shortv_llava.calibrate.run import calibrate
     from shortv_llava.calibrate.samples import source_names
-    from shortv_llava.checkpoint.config import config_object, package_config, read_config
+    from shortv_llava.checkpoint.config import config_object, read_config
     from shortv_llava.checkpoint.loading import load_model
     from shortv_llava.checkpoint.processors import load_processor, pads
     from shortv_llava.checkpoint.source import find_checkpoint, model_name
@@ -187,10 +187,12 @@ def run(options: CalibrationOptions) -> None:
 
     folder = find_checkpoint(options.base, options.vision_tower, options.base_weights)
     entries = read_config(folder)
-    text_config, rank = config_object(entries).text_config, options.correction_rank
+    config, rank = config_object(entries), options.correction_rank
+    text_config = config.text_config
     choice = options.choice(min(MAX_RANK, text_config.hidden_size // 8) if rank is None else rank)
-    checked = {"replaced_layers": list(choice.layers or ()), "correction_rank": choice.correction_rank or 0}
-    package_config(entries, **checked, corrected_layers=[])  # before the long work
+    # Both are checked here, before the long work.
+    config.set_replaced_layers(choice.layers or ())
+    config.corrected_layers, config.correction_rank = [], choice.correction_rank or 0
     choice.check(text_config.num_hidden_layers)
     drawn = draw_samples(options, fits=choice.correction_rank is not None)
     if choice.correction_rank and not drawn.fit_on:

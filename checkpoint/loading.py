@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ from shortv_llava.checkpoint.config import (
     MODEL_TYPES,
     UNFIT_CORRECTIONS,
     class_of,
+    config_object,
     has_unfit_corrections,
     own_type,
-    package_config,
     read_config,
 )
 from shortv_llava.checkpoint.processors import load_processor
@@ -101,27 +102,31 @@ def load(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     image_aspect_ratio: str = "base",
+    check: Callable[[Any], object] = lambda config: None,
 ) -> Loaded:
     """The model and processor of a folder or Hub id.
 
     `replaced_layers` sets the layers (see [`parse_layers`]). By default they are the package's own; for a plain LLaVA
     checkpoint the environment variable REPLACED_LAYERS sets them, else there are none. Without a device map the model
-    goes to [`own_device`]. The processor's files are corrected and it may pad, see [`write_processor`].
+    goes to [`own_device`]. The processor's files are corrected and it may pad, see [`write_processor`]. `check` gets
+    the configuration with these layers before the weights are read, and may raise.
 
     Raises:
         ShortVError: if there is no such model, or the library to quantise it is missing.
         ValueError: if the layers do not fit the model.
     """
     folder = find_checkpoint(base)
-    config = read_config(folder)
-    if replaced_layers is None and config["model_type"] not in MODEL_TYPES.values():
+    entries = read_config(folder)
+    config = config_object(entries)
+    package_layers = tuple(getattr(config, name) for name in LAYER_LISTS)
+    if replaced_layers is None and entries["model_type"] not in MODEL_TYPES.values():
         replaced_layers = os.environ.get(LAYERS_VARIABLE) or None
     layers = None if replaced_layers is None else parse_layers(replaced_layers, base)
     if layers is not None:
-        package_config(config, replaced_layers=layers)  # checks them before the weights are read
+        config.set_replaced_layers(layers)
+    check(config)
     processor = load_processor(folder, image_aspect_ratio=image_aspect_ratio)
     model = load_model(folder, load_in_4bit, load_in_8bit, dtype=dtype, device_map=device_map or own_device())
-    package_layers = tuple(config.get(key, []) for key in LAYER_LISTS)
     if layers is not None:
         model.set_replaced_layers(layers)
         if has_unfit_corrections(model.config, package_layers, (layers, (), ())):

@@ -54,10 +54,13 @@ def _run_questions(options: EvaluationOptions) -> None:
         check_references(metric, of_subset(questions, subset))
         check_references(metric, questions)
 
-    loaded = load(options.model, **options.loading(task.image_aspect_ratio if task else "pad"))
-    _check_layers(options, loaded.model.config)
+    def chosen(config) -> list:
+        _check_layers(options, config)
+        return choose_variants(config, options.compare, numbers, methods)
+
+    loaded = load(options.model, **options.loading(task.image_aspect_ratio if task else "pad"), check=chosen)
     config, package_layers = loaded.model.config, loaded.package_layers
-    variants = choose_variants(config, options.compare, numbers, methods)
+    variants = chosen(config)
     if numbers and any(has_unfit_corrections(config, package_layers, found.frozen.values()) for found in variants):
         logger.warning(f"--sweep: {UNFIT_CORRECTIONS}; calibrate for each number of layers to compare them")
     answerer = Answerer(

@@ -14,6 +14,8 @@ from PIL import Image
 from shortv_llava import commands
 from shortv_llava.benchmarks.command import app as benchmarks
 from shortv_llava.calibrate.samples import embedded_samples
+from shortv_llava.checkpoint.loading import load
+from shortv_llava.checkpoint.package import write_package
 from shortv_llava.checkpoint.published import PUBLISHED
 from shortv_llava.examples.shapes_llava import CHECKPOINT
 
@@ -89,6 +91,16 @@ def test_package_from_given_layers(tmp_path):
     assert (output / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
     assert {path.name for path in CHECKPOINT.iterdir()} <= set(left_in(output))
     assert left_in(tmp_path) == ["made"]
+
+
+def test_given_layers_take_the_place_of_all_three_lists(tmp_path):
+    write_package(CHECKPOINT, tmp_path / "package", replaced_layers=[11], replaced_ffn_layers=[3])
+    loaded = load(str(tmp_path / "package"), "3,11")
+    assert (loaded.model.config.replaced_layers, loaded.model.config.replaced_ffn_layers) == ([3, 11], [])
+    assert loaded.package_layers == ([11], [], [3])
+    data = ("--data", "shapes", "--samples", 1, "--held-out", 1, "--correction-rank", 0)
+    done = shortv_here("calibrate", tmp_path / "package", *data, "--layers", "3,11", "--output", tmp_path / "other")
+    assert done.returncode == 0 and "other: replaced_layers [3, 11]" in done.stdout, done.stderr
 
 
 def test_calibrate_on_own_questions(tmp_path, questions):

@@ -13,6 +13,7 @@ import official
 import pytest
 import tiny
 import torch
+from command import shortv_here
 from PIL import Image
 from rich.console import Console
 
@@ -255,6 +256,19 @@ class TestRun:
                     logits.append(model(**inputs).logits[0, -1].double().log_softmax(-1))
             expected.append((logits[1].exp() * (logits[1] - logits[0])).sum().item())
         assert ours.kl == pytest.approx(sum(expected) / 6, rel=1e-3)
+
+    def test_what_does_not_fit_is_told_before_weights_are_read(self, package_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("shortv_llava.checkpoint.loading.load_model", None)
+        samples = CHECKPOINT.parent / "samples"
+        asked = ("--questions", samples / "questions.jsonl", "--images", samples / "images", "--metric", "gqa")
+        for options, words in (
+            (("--sweep", "4,99"), "--sweep 99: the model has 12 layers"),
+            (("--method", "shortv,vtw:99"), "K is at most"),
+            (("--card", package_folder, "--replaced-layers", "1"), "its layers are not those to be evaluated"),
+            (("--replaced-layers", "1,99"), "99 is no layer id"),
+        ):
+            done = shortv_here("evaluate", package_folder, *asked, *options, "--output", tmp_path / "out")
+            assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
 
     def test_sweep_goes_along_the_order_of_replacement(self, embedded):
         config = embedded[0].config
