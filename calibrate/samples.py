@@ -44,9 +44,9 @@ def source_names(sources: Sequence[str]) -> list[str]:
     paths = [(source,) if source in NAMED else Path(source).resolve().parts for source in sources]
 
     def name(path: tuple[str, ...]) -> str:
-        lengths = range(1, len(path) + 1)
         others = [other for other in paths if other != path]
-        return "/".join(path[-next(n for n in lengths if all(other[-n:] != path[-n:] for other in others)) :])
+        tell = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        return "/".join(path[-next(tell, len(path)) :])
 
     return list(map(name, paths))
 
@@ -106,7 +106,7 @@ def samples_digest(samples: Sequence[Sample]) -> str:
         picture = sample.image.tobytes() if isinstance(sample.image, Image.Image) else sample.image.read_bytes()
         return picture, sample.question.encode(), sample.answer.encode()
 
-    return digest(part for sample in samples for part in parts(sample))
+    return digest("".join(digest(part) for sample in samples for part in parts(sample)).encode())
 
 
 def _picture(sample: Sample):

@@ -65,6 +65,7 @@ class PackageOptions:
 def run(options: PackageOptions) -> None:
     """Make the package, and say so."""
     from shortv_llava.checkpoint.config import MODEL_TYPES, read_config
+    from shortv_llava.checkpoint.conversion import must_convert
     from shortv_llava.checkpoint.package import BY_HAND, write_package
     from shortv_llava.checkpoint.published import parse_layers
     from shortv_llava.checkpoint.source import fetch_checkpoint
@@ -91,6 +92,7 @@ def run(options: PackageOptions) -> None:
     )
     layers = read_config(options.output)["replaced_layers"]
     hint = licence_hint(options.output)
-    if options.layers != OWN and read_config(base).get("corrected_layers"):
+    # What had to be converted is no package.
+    if options.layers != OWN and not must_convert(base) and read_config(base).get("corrected_layers"):
         hint = f"; without the corrections of {options.base}, which --layers own keeps{hint}"
     typer.echo(f"wrote {options.output}: {len(layers)} layer{'s' * (len(layers) != 1)} replaced {layers}{hint}")

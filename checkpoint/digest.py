@@ -19,4 +19,4 @@ def checkpoint_digest(folder: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
-    return digest(map(content, [*weight_files(folder), *files_like(folder, PROCESSOR_PATTERNS)]))
+    return digest(b"".join(map(content, [*weight_files(folder), *files_like(folder, PROCESSOR_PATTERNS)])))

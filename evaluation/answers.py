@@ -39,7 +39,7 @@ class AnswersFile:
         metadata = entry.get("metadata")
         found = {"model_id": entry.get("model_id")} | (metadata if isinstance(metadata, dict) else {})
         expected = {"model_id": self.model_id} | self.metadata
-        for key in (*expected, *(key for key in found if key not in expected)):
+        for key in expected | found:
             if found.get(key) != expected.get(key):
                 raise ShortVError(
                     f"{where}: an answer with {key} {found.get(key)!r}, not {expected.get(key)!r}; repeat that "

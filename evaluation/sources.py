@@ -1,7 +1,6 @@
 """Sources of a benchmark's questions: tables on the Hub, and folders in the layout of LLaVA's scripts."""
 
 import base64
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from PIL import Image
 
 from shortv_llava.errors import ShortVError, first_line, one_line, reason
 from shortv_llava.evaluation.questions import Question, image_file
+from shortv_llava.files.digests import digest
 from shortv_llava.files.json_lines import read_jsonl
 from shortv_llava.hub.errors import hub_reason
 
@@ -181,10 +181,6 @@ def _digests(pictures) -> list[str | None]:
         for file in map(_middle, batch["image"].to_pylist()):
             ids.append(None if file is None else digest(file["bytes"] or str(file["path"]).encode()))
     return ids
-
-
-def digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 # --- LLaVA's folders -------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from shortv_llava.evaluation.sources import (
     Table,
     base64_image,
     column,
-    digest,
     find,
     jsonl_questions,
     read_tsv,
     table_questions,
 )
+from shortv_llava.files.digests import digest
 from shortv_llava.files.json_files import read_json
 from shortv_llava.files.json_lines import read_jsonl
 

@@ -27,9 +27,8 @@ def run(output: Path) -> None:
 
     logging.disable_progress_bar()
     console = Console()
-    options = {"data": ["shapes"], "samples": 40, "held_out": 20, "fraction": FRACTION, "dtype": "float32"}
-    options = CalibrationOptions(str(CHECKPOINT), output, **options, overwrite=True)
-    options.check()
+    given = {"data": ["shapes"], "samples": 40, "held_out": 20, "fraction": FRACTION, "dtype": "float32"}
+    options = CalibrationOptions(str(CHECKPOINT), output, **given, overwrite=True)
     command.run(options)
     print()
 

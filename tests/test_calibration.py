@@ -487,6 +487,7 @@ class TestData:
         assert [sample.id.rpartition("/")[0] for sample in fitted] == [name for name in names for _ in range(2)]
         with pytest.raises(ShortVError, match="given twice"):
             check_sources([sources[0], str(files[0].parent / ".." / "one" / "questions.jsonl")], images)
+        assert source_names(["gqa", str(tmp_path / "one" / "gqa")]) == ["gqa", "one/gqa"]
 
     @pytest.mark.parametrize("leaves_out", [True, False])
     def test_vicunas_sentence_stands_once(self, processor, leaves_out, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from command import shortv_here
 from originals import (
     BACKBONES,
     CLASSES,
@@ -537,6 +538,13 @@ def test_the_processor_feeds_the_model(make, tmp_path, family):
         pinpoints = [[height, width] for width, height in PINPOINTS]
         assert [list(pair) for pair in processor.image_processor.image_grid_pinpoints] == pinpoints
         assert [list(pair) for pair in model.config.image_grid_pinpoints] == pinpoints
+
+
+def test_packed_by_the_command(make, tmp_path):
+    source, _ = make()
+    save_tokenizer(source, tiny.VOCABULARY)
+    done = shortv_here("package", source, "--layers", "1", "--output", tmp_path / "package")
+    assert done.returncode == 0 and "package: 1 layer replaced [1]; no licence" in done.stdout, done.stderr
 
 
 def llava_pixels(image: Image.Image, mean, std, side: int) -> np.ndarray:

@@ -82,8 +82,7 @@ class Evidence:
 
     def __init__(self, folder: Path, work: Path, dtype: str, pictures: int, questions: int = 10, numbers: int = 0):
         self.folder, self.dtype = folder, getattr(torch, dtype)
-        checkpoint = checkpoint_digest(folder).removeprefix("sha256:")
-        self.kept = work / f"kept-{checkpoint}-{dtype}{'-numbers' if numbers else ''}.json"
+        self.kept = work / f"kept-{checkpoint_digest(folder)}-{dtype}{'-numbers' if numbers else ''}.json"
         work.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(folder)
         self.model = load_model(folder, dtype=self.dtype).eval()
